@@ -1,0 +1,271 @@
+"""One layer's caches for a batch of sequences, and the step that is being computed.
+
+A step is a ragged batch: for each of some sequences, its next `n` tokens. `begin_step` says which, reserves the slots
+of the entries that these tokens complete, and works out everything that the layer needs to know about positions; it
+either does all of that or raises and changes nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_indexer.cache.pool import PagedPool
+from lightning_indexer.cache.schema import CacheSchema
+from lightning_indexer.cache.view import IndexerView, KVView
+from lightning_indexer.config import CSA_RATIO, DSV4Config
+from lightning_indexer.ops.append import append_entries
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Where the T tokens of a step stand. Tokens of one sequence are adjacent and in order.
+
+    positions: int64 [T], absolute. seq_ids: int32 [T]. batch_rows: int64 [T], which of the step's sequences.
+    valid_lens: int32 [T], entries visible to each token. max_visible: their maximum.
+    seqs, starts, offsets: int64 [S], each sequence's id, first position in the step and first row in the batch.
+    entry_rows, entry_indices: int64 [E], batch row and index of each entry completed in this step.
+    """
+
+    positions: Tensor
+    seq_ids: Tensor
+    batch_rows: Tensor
+    valid_lens: Tensor
+    max_visible: int
+    seqs: Tensor
+    starts: Tensor
+    offsets: Tensor
+    entry_rows: Tensor
+    entry_indices: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.positions)
+
+
+class TokenRing:
+    """The last `size` tokens of each sequence: row `position % size`.
+
+    A row is always written before it is read, because whoever reads masks negative positions; so nothing has to be
+    cleared when a sequence begins, and a replayed position overwrites itself.
+    """
+
+    def __init__(self, max_seqs: int, size: int, features: tuple[int, ...], *, dtype: torch.dtype, device: str) -> None:
+        self.size = size
+        self.rows = torch.zeros(max_seqs, size, *features, dtype=dtype, device=device)
+
+    def with_chunk(self, step: Step, chunk: Tensor) -> Tensor:
+        """[S * size + T, ...]: the rings of the step's sequences, then the step's own tokens."""
+        return torch.cat([self.rows[step.seqs].flatten(0, 1), chunk.to(self.rows.dtype)])
+
+    def find(self, step: Step, batch_rows: Tensor, positions: Tensor) -> Tensor:
+        """Rows of `with_chunk` that hold `positions` [N, P] of sequences `batch_rows` [N]; any row where negative."""
+        batch_rows = batch_rows.unsqueeze(1)
+        ahead = positions - step.starts[batch_rows]
+        old = batch_rows * self.size + positions % self.size
+        return torch.where(ahead >= 0, len(step.seqs) * self.size + step.offsets[batch_rows] + ahead, old)
+
+    def update(self, step: Step, chunk: Tensor) -> None:
+        """Keep the last `size` of each sequence's tokens, the step's included."""
+        last = torch.full_like(step.starts, -1).scatter_reduce_(0, step.batch_rows, step.positions, "amax")
+        kept = step.positions > last[step.batch_rows] - self.size
+        self.rows[step.seq_ids[kept].long(), step.positions[kept] % self.size] = chunk[kept].to(self.rows.dtype)
+
+    def copy(self, src: int, dst: int) -> None:
+        self.rows[dst] = self.rows[src]
+
+
+class LayerCacheHandle:
+    """The caches of one layer: paged index keys and KV entries, token window, compressor state.
+
+    Which of them exist follows from the layer's kind: SWA has the window alone, HCA adds KV entries and a compressor
+    state, CSA adds index keys and the indexer's compressor state.
+
+    Args:
+        config, layer: geometry.
+        max_seqs: sequences are 0 .. max_seqs - 1.
+        num_blocks: blocks in each pool.
+        entries_per_block: of both pools.
+        index_format, kv_format: see `formats`. "fp32" for both is the exact route for comparing with a model in fp32.
+        dtype: of the hidden states, and of the window.
+    """
+
+    def __init__(
+        self,
+        config: DSV4Config,
+        layer: int,
+        *,
+        max_seqs: int,
+        num_blocks: int,
+        entries_per_block: int = 64,
+        index_format: str = "mxfp4",
+        kv_format: str = "fp8_ds_mla",
+        dtype: torch.dtype = torch.bfloat16,
+        device: str = "cpu",
+    ) -> None:
+        self.config, self.layer, self.kind = config, layer, config.layer_kind(layer)
+        self.compress_ratio = config.layer_compress_ratio(layer)
+        self.kv_format = kv_format
+        self.step: Step | None = None
+        self._device = device
+        self._max_seqs = max_seqs
+        self._num_tokens: dict[int, int] = {}
+        self._kv_slots: Tensor | None = None
+        self._index_slots: Tensor | None = None
+
+        def pool(format: str, head_dim: int) -> PagedPool:
+            schema = CacheSchema(format, entries_per_block, head_dim=head_dim)
+            return PagedPool(schema, num_blocks, max_seqs=max_seqs, device=device)
+
+        def state(dim: int) -> TokenRing:
+            windows = 2 if self.compress_ratio == CSA_RATIO else 1  # CSA's overlap: an entry pools two
+            size, features = windows * self.compress_ratio, (2, windows * dim)  # values and gates
+            return TokenRing(max_seqs, size, features, dtype=torch.float32, device=device)
+
+        self.window = TokenRing(max_seqs, config.sliding_window, (config.head_dim,), dtype=dtype, device=device)
+        self.kv_pool = pool(kv_format, config.head_dim) if self.kind != "SWA" else None
+        self.compressor_state = state(config.head_dim) if self.kind != "SWA" else None
+        self.index_pool = pool(index_format, config.indexer_head_dim) if self.kind == "CSA" else None
+        self.indexer_state = state(config.indexer_head_dim) if self.kind == "CSA" else None
+
+    @property
+    def paged(self) -> PagedPool:
+        """The pool that the indexer reads, or that of the KV entries where there is no indexer."""
+        pool = self.index_pool or self.kv_pool
+        if pool is None:
+            raise ValueError(f"LayerCacheHandle: layer {self.layer} is SWA and has no paged cache")
+        return pool
+
+    def num_tokens(self, seq_id: int) -> int:
+        """Tokens of sequence `seq_id` so far, those of the step in progress included."""
+        self._check_known(seq_id)
+        return self._num_tokens[seq_id]
+
+    def alloc(self, seq_id: int) -> None:
+        """Start an empty sequence."""
+        if not 0 <= seq_id < self._max_seqs:
+            raise ValueError(f"LayerCacheHandle: seq_id must lie in 0..{self._max_seqs - 1}, got {seq_id}")
+        if seq_id in self._num_tokens:
+            raise ValueError(f"LayerCacheHandle: sequence {seq_id} is already allocated (free it first)")
+        for pool in self._pools():
+            pool.alloc(seq_id)
+        self._num_tokens[seq_id] = 0
+
+    def free(self, seq_id: int) -> None:
+        """Forget a sequence and release its blocks."""
+        self._check_known(seq_id)
+        for pool in self._pools():
+            pool.free(seq_id)
+        del self._num_tokens[seq_id]
+
+    def fork(self, src: int, dst: int) -> None:
+        """Start sequence `dst` as a copy of `src`, sharing its full blocks."""
+        self._check_known(src)
+        if dst in self._num_tokens or not 0 <= dst < self._max_seqs:
+            raise ValueError(f"LayerCacheHandle: dst must be free and in 0..{self._max_seqs - 1}, got {dst}")
+        forked: list[PagedPool] = []
+        try:
+            for pool in self._pools():
+                pool.fork(src, dst)
+                forked.append(pool)
+        except Exception:
+            for pool in forked:
+                pool.free(dst)
+            raise
+        for ring in (self.window, self.compressor_state, self.indexer_state):
+            if ring is not None:
+                ring.copy(src, dst)
+        self._num_tokens[dst] = self._num_tokens[src]
+
+    def begin_step(self, seq_ids: Sequence[int], num_tokens: Sequence[int]) -> Step:
+        """Announce the next `num_tokens[i]` tokens of sequence `seq_ids[i]`; their rows come in this order.
+
+        Raises:
+            OutOfBlocks: the entries that these tokens complete do not fit. Nothing was changed.
+        """
+        if len(set(seq_ids)) != len(seq_ids) or len(seq_ids) != len(num_tokens):
+            raise ValueError(f"begin_step: want distinct seq_ids with one count each, got {seq_ids} and {num_tokens}")
+        for seq_id, count in zip(seq_ids, num_tokens, strict=True):
+            self._check_known(seq_id)
+            if count < 0:
+                raise ValueError(f"begin_step: num_tokens of sequence {seq_id} must not be negative, got {count}")
+        starts = [self._num_tokens[seq_id] for seq_id in seq_ids]
+        completed = [self._entries(s + n) - self._entries(s) for s, n in zip(starts, num_tokens, strict=True)]
+        for pool in self._pools():
+            pool.check_extend(seq_ids, completed)
+        # both pools hold the same entries, allocated in the same order, but may give them different slots
+        self._kv_slots = None if self.kv_pool is None else self.kv_pool.extend(seq_ids, completed)
+        self._index_slots = None if self.index_pool is None else self.index_pool.extend(seq_ids, completed)
+        for seq_id, count in zip(seq_ids, num_tokens, strict=True):
+            self._num_tokens[seq_id] += count
+        self.step = self._make_step(list(seq_ids), starts, list(num_tokens), completed)
+        return self.step
+
+    def append(self, entries: Tensor, kind: Literal["index", "kv"]) -> None:
+        """Write the entries [E, D] that the step completed, in the step's order, into the index or the KV pool."""
+        step = self.require_step()
+        slots = self._index_slots if kind == "index" else self._kv_slots
+        if slots is None:
+            raise ValueError(f"LayerCacheHandle: layer {self.layer} is {self.kind} and has no {kind!r} pool")
+        if len(entries) != len(step.entry_indices):
+            raise ValueError(f"append: the step completes {len(step.entry_indices)} entries, got {len(entries)}")
+        view = self.read_indexer_view() if kind == "index" else self.read_kv_view()
+        append_entries(entries, view, slots)
+
+    def read_indexer_view(self) -> IndexerView:
+        """The paged index keys, as `score_topk` reads them."""
+        if self.index_pool is None:
+            raise ValueError(f"LayerCacheHandle: layer {self.layer} is {self.kind} and has no index keys")
+        return IndexerView(self.index_pool.storage, self.index_pool.schema, self.index_pool.block_table)
+
+    def read_kv_view(self) -> KVView:
+        """The paged KV entries, as `gather_kv` reads them."""
+        if self.kv_pool is None:
+            raise ValueError(f"LayerCacheHandle: layer {self.layer} is {self.kind} and has no KV entries")
+        return KVView(self.kv_pool.storage, self.kv_pool.schema, self.kv_pool.block_table)
+
+    def require_step(self) -> Step:
+        """The step in progress."""
+        if self.step is None:
+            raise RuntimeError("LayerCacheHandle: no step in progress (call begin_step first)")
+        return self.step
+
+    def _make_step(self, seq_ids: list[int], starts: list[int], counts: list[int], completed: list[int]) -> Step:
+        device = self._device
+        seqs, first, num = (torch.tensor(v, dtype=torch.int64, device=device) for v in (seq_ids, starts, counts))
+        entries = torch.tensor(completed, dtype=torch.int64, device=device)
+        rows = torch.arange(len(seq_ids), device=device)
+        batch_rows, entry_rows = rows.repeat_interleave(num), rows.repeat_interleave(entries)
+        offsets, entry_offsets = num.cumsum(0) - num, entries.cumsum(0) - entries
+        ahead = torch.arange(len(batch_rows), device=device) - offsets[batch_rows]
+        entry_ahead = torch.arange(len(entry_rows), device=device) - entry_offsets[entry_rows]
+        positions = first[batch_rows] + ahead
+        visible = (positions + 1) // self.compress_ratio if self.compress_ratio else torch.zeros_like(positions)
+        ends = (s + n for s, n in zip(starts, counts, strict=True))
+        return Step(
+            positions=positions,
+            seq_ids=seqs[batch_rows].to(torch.int32),
+            batch_rows=batch_rows,
+            valid_lens=visible.to(torch.int32),
+            max_visible=max((self._entries(end) for end in ends), default=0),
+            seqs=seqs,
+            starts=first,
+            offsets=offsets,
+            entry_rows=entry_rows,
+            entry_indices=self._entries_before(first)[entry_rows] + entry_ahead,
+        )
+
+    def _entries(self, num_tokens: int) -> int:
+        return num_tokens // self.compress_ratio if self.compress_ratio else 0
+
+    def _entries_before(self, positions: Tensor) -> Tensor:
+        return positions // self.compress_ratio if self.compress_ratio else torch.zeros_like(positions)
+
+    def _pools(self) -> list[PagedPool]:
+        return [pool for pool in (self.kv_pool, self.index_pool) if pool is not None]
+
+    def _check_known(self, seq_id: int) -> None:
+        if seq_id not in self._num_tokens:
+            raise ValueError(f"LayerCacheHandle: sequence {seq_id} is not allocated, have {sorted(self._num_tokens)}")

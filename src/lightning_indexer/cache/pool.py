@@ -1,0 +1,172 @@
+"""Storage for the blocks of one cache, and which sequence owns which block."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_indexer.cache.schema import CacheSchema
+
+
+class OutOfBlocks(RuntimeError):
+    """The pool has too few free blocks. Nothing was allocated."""
+
+
+class PagedPool:
+    """uint8 storage [num_blocks, block_stride] and block allocation per sequence.
+
+    Sequences are the rows 0..max_seqs-1 of `block_table` (int32 [max_seqs, max_blocks_per_seq]). A block may belong
+    to several sequences after `fork`; such a block is full, so nobody writes to it again, and it is released by its
+    last owner. Every call either does the whole of its work or raises and changes nothing.
+    """
+
+    def __init__(
+        self,
+        schema: CacheSchema,
+        num_blocks: int,
+        *,
+        max_seqs: int,
+        max_blocks_per_seq: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, value in (("num_blocks", num_blocks), ("max_seqs", max_seqs)):
+            if value < 0:
+                raise ValueError(f"PagedPool: {name} must not be negative, got {value}")
+        self.schema = schema
+        self.storage = torch.zeros(num_blocks, schema.stride, dtype=torch.uint8, device=device)
+        columns = num_blocks if max_blocks_per_seq is None else max_blocks_per_seq
+        self.block_table = torch.zeros(max_seqs, columns, dtype=torch.int32, device=device)
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._references = [0] * num_blocks
+        self._blocks: dict[int, list[int]] = {}
+        self._lens: dict[int, int] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        return self.storage.shape[0]
+
+    @property
+    def num_free_blocks(self) -> int:
+        return len(self._free)
+
+    def num_entries(self, seq_id: int) -> int:
+        """Entries that sequence `seq_id` holds."""
+        self._check_known(seq_id)
+        return self._lens[seq_id]
+
+    def alloc(self, seq_id: int, num_entries: int = 0) -> Tensor:
+        """Start sequence `seq_id` with room for `num_entries` entries.
+
+        Returns:
+            int64 [num_entries] slots of the new entries, in order.
+        """
+        self._check_new(seq_id)
+        self._blocks[seq_id], self._lens[seq_id] = [], 0
+        try:
+            return self.extend([seq_id], [num_entries])
+        except (OutOfBlocks, ValueError):
+            del self._blocks[seq_id], self._lens[seq_id]
+            raise
+
+    def extend(self, seq_ids: Sequence[int], num_entries: Sequence[int]) -> Tensor:
+        """Make room for `num_entries[i]` more entries in sequence `seq_ids[i]`, for all of them or for none.
+
+        Returns:
+            int64 [sum(num_entries)] slots of the new entries, sequence by sequence.
+        Raises:
+            OutOfBlocks: the pool, or a row of the block table, is too small.
+        """
+        self.check_extend(seq_ids, num_entries)
+        slots = [self._extend_one(seq_id, count) for seq_id, count in zip(seq_ids, num_entries, strict=True)]
+        return torch.cat([*slots, torch.empty(0, dtype=torch.int64)]).to(self.storage.device)
+
+    def check_extend(self, seq_ids: Sequence[int], num_entries: Sequence[int]) -> None:
+        """Raise what `extend` would raise, and change nothing."""
+        if len(set(seq_ids)) != len(seq_ids) or len(seq_ids) != len(num_entries):
+            raise ValueError(f"PagedPool: want distinct seq_ids with one count each, got {seq_ids} and {num_entries}")
+        needed = 0
+        for seq_id, count in zip(seq_ids, num_entries, strict=True):
+            self._check_known(seq_id)
+            if count < 0:
+                raise ValueError(f"PagedPool: num_entries of sequence {seq_id} must not be negative, got {count}")
+            total = self._blocks_for(self._lens[seq_id] + count)
+            if total > self.block_table.shape[1]:
+                raise OutOfBlocks(
+                    f"PagedPool: sequence {seq_id} would need {total} blocks, "
+                    f"the block table has {self.block_table.shape[1]} per sequence"
+                )
+            needed += total - len(self._blocks[seq_id])
+        self._check_free(needed)
+
+    def free(self, seq_id: int) -> None:
+        """Forget sequence `seq_id` and release the blocks that nobody else owns."""
+        self._check_known(seq_id)
+        for block in reversed(self._blocks.pop(seq_id)):
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self._free.append(block)
+        del self._lens[seq_id]
+        self.block_table[seq_id].zero_()
+
+    def fork(self, src: int, dst: int, num_entries: int | None = None) -> None:
+        """Start sequence `dst` with the first `num_entries` entries of `src` (default: all of them).
+
+        Full blocks are shared by reference count; a partly filled last block is copied, so that both may grow.
+        """
+        self._check_known(src)
+        self._check_new(dst)
+        count = self._lens[src] if num_entries is None else num_entries
+        if not 0 <= count <= self._lens[src]:
+            raise ValueError(f"PagedPool: num_entries must lie in 0..{self._lens[src]} (sequence {src}), got {count}")
+        full, partial = divmod(count, self.schema.entries_per_block)
+        self._check_free(1 if partial else 0)
+        blocks = self._blocks[src][:full]
+        for block in blocks:
+            self._references[block] += 1
+        if partial:
+            copy = self._take_block()
+            self.storage[copy] = self.storage[self._blocks[src][full]]
+            blocks = [*blocks, copy]
+        self._blocks[dst], self._lens[dst] = list(blocks), count
+        self._write_table(dst, 0)
+
+    def _extend_one(self, seq_id: int, count: int) -> Tensor:
+        blocks, start = self._blocks[seq_id], self._lens[seq_id]
+        known = len(blocks)
+        blocks += [self._take_block() for _ in range(self._blocks_for(start + count) - known)]
+        self._lens[seq_id] = start + count
+        self._write_table(seq_id, known)
+        entry = torch.arange(start, start + count)
+        per_block = self.schema.entries_per_block
+        first = start // per_block
+        table = torch.tensor(blocks[first:], dtype=torch.int64)
+        return table[entry // per_block - first] * per_block + entry % per_block
+
+    def _take_block(self) -> int:
+        block = self._free.pop()
+        self._references[block] = 1
+        return block
+
+    def _write_table(self, seq_id: int, first: int) -> None:
+        new = torch.tensor(self._blocks[seq_id][first:], dtype=torch.int32)
+        self.block_table[seq_id, first : first + len(new)] = new.to(self.block_table.device)
+
+    def _blocks_for(self, num_entries: int) -> int:
+        return -(-num_entries // self.schema.entries_per_block)
+
+    def _check_free(self, needed: int) -> None:
+        if needed > len(self._free):
+            raise OutOfBlocks(
+                f"PagedPool: {needed} more blocks of {self.schema.entries_per_block} entries needed, "
+                f"{len(self._free)} of {self.num_blocks} are free (free a sequence, or make the pool larger)"
+            )
+
+    def _check_known(self, seq_id: int) -> None:
+        if seq_id not in self._blocks:
+            raise ValueError(f"PagedPool: sequence {seq_id} is not allocated, have {sorted(self._blocks)}")
+
+    def _check_new(self, seq_id: int) -> None:
+        if not 0 <= seq_id < self.block_table.shape[0]:
+            raise ValueError(f"PagedPool: seq_id must lie in 0..{self.block_table.shape[0] - 1}, got {seq_id}")
+        if seq_id in self._blocks:
+            raise ValueError(f"PagedPool: sequence {seq_id} is already allocated (free it first)")

@@ -1,0 +1,143 @@
+"""What an op reads a cache through: storage, layout and block table, made without copying anything.
+
+A view can be built from a `PagedPool` or straight from an engine's own tensors: vLLM's `[blocks, 64, 1, 68]` uint8
+pages, FlashMLA's `[blocks, 64, 1, 584]` float8 pages, a slice of a slab where layers interleave, and so on.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_indexer.cache.schema import CacheSchema
+from lightning_indexer.checks import check_range, check_tensor
+
+_BYTE_DTYPES = (torch.uint8, torch.int8, torch.float8_e4m3fn)
+
+
+@dataclass(frozen=True, eq=False)
+class PagedView:
+    """Base of `IndexerView` and `KVView`.
+
+    Args:
+        storage: [num_blocks, ...] of a one-byte dtype. The bytes of a block must be contiguous, at least
+            `schema.payload_bytes` of them; blocks lie `schema.block_stride` bytes apart.
+        schema: the byte layout of a block.
+        block_table: int32 [num_seqs, max_blocks], logical block -> physical block. Entries past the blocks that a
+            call needs are never read.
+        global_scale: "nvfp4" only, multiplies every stored value.
+    Raises:
+        TypeError, ValueError: when storage and schema disagree.
+    """
+
+    storage: Tensor
+    schema: CacheSchema
+    block_table: Tensor
+    global_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        object.__setattr__(self, "storage", _as_bytes(name, self.storage, self.schema))
+        check_tensor(
+            name,
+            "block_table",
+            self.block_table,
+            dtype=torch.int32,
+            shape=("num_seqs", "max_blocks"),
+            device=self.storage.device,
+        )
+        if not self.global_scale > 0:
+            raise ValueError(f"{name}: global_scale must be positive, got {self.global_scale}")
+
+    @property
+    def device(self) -> torch.device:
+        return self.storage.device
+
+    @property
+    def num_blocks(self) -> int:
+        return self.storage.shape[0]
+
+    @property
+    def num_seqs(self) -> int:
+        return self.block_table.shape[0]
+
+    @property
+    def max_entries(self) -> int:
+        """Entries that one row of the block table can address."""
+        return self.block_table.shape[1] * self.schema.entries_per_block
+
+    @property
+    def data_rows(self) -> Tensor:
+        """uint8 [num_blocks, entries_per_block, data bytes], sharing memory with `storage`."""
+        return self._rows(0, self.schema.data_bytes)
+
+    @property
+    def scale_rows(self) -> Tensor:
+        """uint8 [num_blocks, entries_per_block, scale bytes], sharing memory with `storage`."""
+        return self._rows(self.schema.scale_offset, self.schema.scale_bytes)
+
+    def slots(self, seq_ids: Tensor, indices: Tensor) -> Tensor:
+        """int64 physical slots of entries `indices` [T, n] of sequences `seq_ids` [T]; negative indices give -1.
+
+        Block ids that point outside the storage are clamped into it.
+        """
+        per_block = self.schema.entries_per_block
+        entry = indices.clamp_min(0).long()
+        block = self.block_table[seq_ids.long().unsqueeze(-1), entry // per_block].long()
+        slots = block.clamp(0, max(self.num_blocks - 1, 0)) * per_block + entry % per_block
+        return torch.where(indices < 0, -1, slots)
+
+    def check_blocks(self, op: str, seq_ids: Tensor, lens: Tensor) -> None:
+        """Raise ValueError if a block that rows with these lengths need lies outside the storage."""
+        longest = torch.zeros(self.num_seqs, dtype=torch.int64, device=self.device)
+        longest.scatter_reduce_(0, seq_ids.long(), lens.long(), "amax")
+        needed = -(-longest // self.schema.entries_per_block)
+        columns = torch.arange(self.block_table.shape[1], device=self.device)
+        used = torch.where(columns < needed.unsqueeze(-1), self.block_table, 0)
+        check_range(op, "block_table", used, 0, max(self.num_blocks - 1, 0))
+
+    def _rows(self, offset: int, row_bytes: int) -> Tensor:
+        shape = (self.num_blocks, self.schema.entries_per_block, row_bytes)
+        strides = (self.storage.stride(0), row_bytes, 1)
+        return self.storage.as_strided(shape, strides, self.storage.storage_offset() + offset)
+
+
+class IndexerView(PagedView):
+    """The index keys of a batch of sequences: formats "mxfp4", "nvfp4", "fp8", "bf16" (and "fp32")."""
+
+    def __post_init__(self) -> None:
+        self.schema.check_index()
+        super().__post_init__()
+
+
+class KVView(PagedView):
+    """The compressed KV entries of a batch of sequences: formats "fp8_ds_mla", "bf16" (and "fp32")."""
+
+    def __post_init__(self) -> None:
+        self.schema.check_kv()
+        super().__post_init__()
+
+
+def _as_bytes(name: str, storage: Tensor, schema: CacheSchema) -> Tensor:
+    """`storage` as uint8 [num_blocks, payload_bytes] over the same memory, after checking it against `schema`."""
+    if not isinstance(storage, Tensor) or storage.dtype not in _BYTE_DTYPES:
+        came = storage.dtype if isinstance(storage, Tensor) else type(storage).__name__
+        raise TypeError(f"{name}: storage must be uint8, int8 or float8_e4m3fn, got {came}")
+    if storage.ndim < 2:
+        raise ValueError(f"{name}: storage must have shape [num_blocks, ...], got {list(storage.shape)}")
+    block_bytes = storage[0].numel() if storage.shape[0] else schema.stride
+    if block_bytes not in (schema.payload_bytes, schema.stride):
+        raise ValueError(
+            f"{name}: storage must have {schema.payload_bytes} bytes per block ({schema.entries_per_block} x "
+            f"{schema.bytes_per_entry}, format {schema.format!r}) or {schema.stride} with padding, got {block_bytes} "
+            f"in shape {list(storage.shape)}"
+        )
+    if storage.shape[0] and not storage[0].is_contiguous():
+        raise ValueError(f"{name}: the bytes of a storage block must be contiguous, got strides {storage.stride()}")
+    if storage.shape[0] > 1 and storage.stride(0) != schema.stride:
+        raise ValueError(
+            f"{name}: storage blocks must lie {schema.stride} bytes apart, got {storage.stride(0)} "
+            f"(use CacheSchema(..., block_stride={storage.stride(0)}))"
+        )
+    shape = (storage.shape[0], schema.payload_bytes)
+    return storage.view(torch.uint8).as_strided(shape, (schema.stride, 1), storage.storage_offset())

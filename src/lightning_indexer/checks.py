@@ -1,0 +1,67 @@
+"""Argument checks shared by the public ops. Every message names the op, the tensor, what was expected and what came."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+IMPLS = ("auto", "reference", "cpu")
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    *,
+    dtype: torch.dtype | Sequence[torch.dtype],
+    shape: Sequence[int | str],
+    device: torch.device | None = None,
+) -> None:
+    """Raise unless `tensor` has one of the dtypes, the shape (ints must match, strings name a free size) and device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(_dtype_name(d) for d in dtypes)
+        remedy = f" (use {name}.to(torch.{_dtype_name(dtypes[0])}))" if len(dtypes) == 1 else ""
+        raise TypeError(f"{op}: {name} must be {wanted}, got {_dtype_name(tensor.dtype)}{remedy}")
+    if len(tensor.shape) != len(shape) or any(
+        isinstance(want, int) and want != got for want, got in zip(shape, tensor.shape, strict=True)
+    ):
+        wanted = "[" + ", ".join(str(s) for s in shape) + "]"
+        raise ValueError(f"{op}: {name} must have shape {wanted}, got {list(tensor.shape)}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, got {tensor.device}")
+
+
+def check_range(op: str, name: str, tensor: Tensor, low: int, high: int) -> None:
+    """Raise ValueError unless every value lies in low..high (inclusive). Reads the tensor: a sync on a GPU."""
+    if tensor.numel() == 0:
+        return
+    smallest, largest = (int(v) for v in torch.aminmax(tensor))
+    if smallest < low or largest > high:
+        worst = smallest if smallest < low else largest
+        where = (tensor == worst).nonzero()[0].tolist()
+        raise ValueError(f"{op}: {name} must lie in {low}..{high}, got {worst} at {where}")
+
+
+def check_choice(op: str, name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {tuple(choices)}, got {value!r}")
+
+
+def choose_impl(op: str, impl: str, device: torch.device) -> str:
+    """Resolve "auto" and refuse a device that no implementation here serves."""
+    check_choice(op, "impl", impl, IMPLS)
+    if impl == "reference":
+        return impl
+    if device.type != "cpu":
+        raise NotImplementedError(
+            f"{op}: impl={impl!r} serves CPU tensors, got {device} (use impl='reference', or move the tensors)"
+        )
+    return "cpu"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

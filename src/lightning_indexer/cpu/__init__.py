@@ -1,0 +1,1 @@
+"""Streaming implementations for CPU tensors, built from torch operators alone."""

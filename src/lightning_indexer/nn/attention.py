@@ -1,0 +1,160 @@
+"""The attention sub-block of a layer: CSA, HCA or SWA."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_indexer.cache.handle import LayerCacheHandle, Step
+from lightning_indexer.checks import check_tensor
+from lightning_indexer.config import DSV4Config
+from lightning_indexer.formats import fake_quantize
+from lightning_indexer.nn.compressor import Compressor
+from lightning_indexer.nn.csa_indexer import CSAIndexer, strip
+from lightning_indexer.nn.linear import Linear, LoadedModule, WeightsNotLoaded, linear_for
+from lightning_indexer.nn.norm import rms_norm
+from lightning_indexer.nn.rope import layer_frequencies
+from lightning_indexer.ops.attention import sparse_attention
+from lightning_indexer.ops.gather_kv import gather_kv
+from lightning_indexer.rotary import apply_rope
+
+_ROWS_PER_TILE = 32_768  # KV rows gathered at a time, over all tokens of a tile: 64 MiB in fp32 at 512 dims
+
+
+class AttentionSubBlock(LoadedModule):
+    """x [T, hidden] -> [T, hidden]: attention over a window of raw tokens and over compressed entries.
+
+    CSA attends to the entries its indexer chose, HCA to all visible entries, SWA to the window alone. Keys and values
+    are one vector per row, shared by all heads; the last rope_head_dim channels of a head's output are rotated back
+    before the grouped low-rank output projection. Residual, input norm and hyper-connections are the caller's.
+    """
+
+    def __init__(self, config: DSV4Config, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer, self.kind = config, layer, config.layer_kind(layer)
+        self.frequencies = layer_frequencies(config, layer)
+        self.compressor = None if self.kind == "SWA" else Compressor(config, layer, dim=config.head_dim)
+        self.indexer = CSAIndexer(config, layer) if self.kind == "CSA" else None
+        self.linears = torch.nn.ModuleDict()
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take what `load_attention_weights` returns; a linear layer keeps the format it is stored in."""
+        config = self.config
+        heads, grouped = config.num_heads * config.head_dim, config.o_groups * config.o_lora_rank
+        sizes = {
+            "wq_a": (config.hidden_size, config.query_compression_dim),
+            "wq_b": (config.query_compression_dim, heads),
+            "wkv": (config.hidden_size, config.head_dim),
+            "wo_a": (heads // config.o_groups, grouped),
+            "wo_b": (grouped, config.hidden_size),
+        }
+        norms = {
+            "q_norm.weight": config.query_compression_dim,
+            "kv_norm.weight": config.head_dim,
+            "attn_sink": config.num_heads,
+        }
+        loaded = {name: linear_for(strip(weights, f"{name}."), *size) for name, size in sizes.items()}
+        for name, size in norms.items():
+            if name not in weights:
+                raise KeyError(f"AttentionSubBlock: {name} is missing, got {sorted(weights)}")
+            dtypes = (torch.bfloat16, torch.float32, torch.float16)
+            check_tensor("AttentionSubBlock", name, weights[name], dtype=dtypes, shape=(size,))
+        if self.compressor is not None:
+            self.compressor.load_weights(strip(weights, "compressor."))
+        if self.indexer is not None:
+            self.indexer.load_weights(strip(weights, "indexer."))
+        self.linears.update(loaded)
+        for name in norms:
+            self.put(name.removesuffix(".weight"), weights[name])
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, cache: LayerCacheHandle) -> Tensor:
+        """Attend with the step's tokens.
+
+        Args:
+            x: [T, hidden] bf16, fp32 or fp16, in the order of the step that `cache.begin_step` announced.
+            cache: this layer's; all its parts are updated.
+        Returns:
+            [T, hidden] in x's dtype.
+        """
+        step = cache.require_step()
+        dtypes = (torch.bfloat16, torch.float32, torch.float16)
+        shape = (step.num_tokens, self.config.hidden_size)
+        check_tensor("AttentionSubBlock", "x", x, dtype=dtypes, shape=shape)
+        if cache.kind != self.kind:
+            raise ValueError(f"AttentionSubBlock: layer {self.layer} is {self.kind}, got a cache of kind {cache.kind}")
+        c_Q = rms_norm(self._linear("wq_a")(x), self.get("q_norm"), self.config.rms_norm_eps)
+        q = self._query(c_Q, step)
+        window_kv = self._window_kv(x, step, cache.kv_format)
+        if self.compressor is not None:
+            assert cache.compressor_state is not None, "a cache of the same kind has a compressor state"
+            cache.append(self.compressor(x, step, cache.compressor_state), "kv")
+        indices = self._select(c_Q, x, cache)
+        attended = self._attend(q, window_kv, indices, cache)
+        cache.window.update(step, window_kv)
+        attended = apply_rope(attended, step.positions, self.frequencies.to(x.device), inverse=True)
+        return self._project(attended)
+
+    def _query(self, c_Q: Tensor, step: Step) -> Tensor:
+        q = self._linear("wq_b")(c_Q).unflatten(-1, (self.config.num_heads, self.config.head_dim))
+        q = rms_norm(q, None, self.config.rms_norm_eps)
+        return apply_rope(q, step.positions, self.frequencies.to(q.device))
+
+    def _window_kv(self, x: Tensor, step: Step, kv_format: str) -> Tensor:
+        """[T, head_dim]: this step's raw rows, rounded as the compressed ones are where these are FP8."""
+        kv = rms_norm(self._linear("wkv")(x), self.get("kv_norm"), self.config.rms_norm_eps)
+        kv = apply_rope(kv, step.positions, self.frequencies.to(x.device))
+        return fake_quantize(kv, kv_format) if kv_format == "fp8_ds_mla" else kv
+
+    def _select(self, c_Q: Tensor, x: Tensor, cache: LayerCacheHandle) -> Tensor:
+        """int32 [T, k] entries to attend to, -1 where there are fewer."""
+        step = cache.require_step()
+        if self.indexer is not None:
+            chosen: Tensor = self.indexer(c_Q, x, cache)
+            return chosen[:, : step.max_visible]  # ascending with -1 at the end: nothing is cut off
+        entries = torch.arange(step.max_visible, dtype=torch.int32, device=x.device)
+        return torch.where(entries < step.valid_lens.unsqueeze(1), entries, -1)
+
+    def _attend(self, q: Tensor, window_kv: Tensor, indices: Tensor, cache: LayerCacheHandle) -> Tensor:
+        """[T, H, head_dim], a tile of tokens at a time so that the gathered rows stay bounded."""
+        step = cache.require_step()
+        tokens = cache.window.with_chunk(step, window_kv)
+        back = torch.arange(1 - cache.window.size, 1, device=q.device)
+        positions = step.positions.unsqueeze(1) + back  # [T, window]
+        rows = cache.window.find(step, step.batch_rows, positions)
+        seen = torch.cat([indices >= 0, positions >= 0], dim=1)
+        out = torch.empty_like(q)
+        tile = max(1, _ROWS_PER_TILE // seen.shape[1])
+        for start in range(0, step.num_tokens, tile):
+            part = slice(start, start + tile)
+            selected = self._gather(indices[part], step.seq_ids[part], cache, q)
+            out[part], _ = sparse_attention(
+                q[part],
+                selected,
+                tokens[rows[part]],
+                valid=seen[part],
+                sink=self.get("attn_sink").float(),
+                softmax_scale=self.config.head_dim**-0.5,
+            )
+        return out
+
+    def _gather(self, indices: Tensor, seq_ids: Tensor, cache: LayerCacheHandle, q: Tensor) -> Tensor:
+        if indices.shape[1] == 0:
+            return q.new_empty(len(indices), 0, self.config.head_dim)
+        return gather_kv(cache.read_kv_view(), indices, seq_ids=seq_ids)
+
+    def _project(self, attended: Tensor) -> Tensor:
+        """[T, H, head_dim] -> [T, hidden]: each group of heads through its own block of wo_a, then wo_b."""
+        groups = self.config.o_groups
+        weight = self._linear("wo_a").dense_weight(attended.dtype).unflatten(0, (groups, -1))  # [G, rank, H/G * D]
+        grouped = attended.flatten(1).unflatten(1, (groups, -1)).transpose(0, 1)  # [G, T, H/G * D]
+        mixed = torch.bmm(grouped, weight.transpose(1, 2)).transpose(0, 1).flatten(1)
+        out: Tensor = self._linear("wo_b")(mixed)
+        return out
+
+    def _linear(self, name: str) -> Linear:
+        if name not in self.linears:
+            raise WeightsNotLoaded(f"AttentionSubBlock: {name} is not loaded (call load_weights first)")
+        layer = self.linears[name]
+        assert isinstance(layer, Linear), "load_weights puts nothing else here"
+        return layer

@@ -1,0 +1,146 @@
+"""Linear layers as checkpoints store them: dense, FP8 in blocks, NVFP4.
+
+All compute y = x W^T in x's dtype, without bias. Weights come from `load_weights`; calling a layer before raises.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_indexer.checks import check_tensor
+from lightning_indexer.formats import FP8_BLOCK, NVFP4_GROUP, dequantize, dequantize_block_fp8
+from lightning_indexer.query import QuantizedQuery, quantize_query
+
+
+class WeightsNotLoaded(RuntimeError):
+    """A module was called before its weights were loaded."""
+
+
+class LoadedModule(nn.Module):
+    """A module whose tensors come from a checkpoint: absent until loaded, then frozen buffers."""
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Set one of the module's tensors."""
+        self.register_buffer(name, tensor)
+
+    def get(self, name: str) -> Tensor:
+        """One of the module's tensors.
+
+        Raises:
+            WeightsNotLoaded: it was not loaded.
+        """
+        tensor = self._buffers.get(name)
+        if tensor is None:
+            raise WeightsNotLoaded(f"{type(self).__name__}: {name} is not loaded (call load_weights first)")
+        return tensor
+
+
+class Linear(LoadedModule):
+    """A dense linear layer; the weight keeps the checkpoint's dtype and is cast to x's for the product."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take `weight` [out, in], bf16, fp32 or fp16."""
+        weight = _take(self, weights, "weight")
+        dtypes = (torch.bfloat16, torch.float32, torch.float16)
+        check_tensor("Linear", "weight", weight, dtype=dtypes, shape=(self.out_features, self.in_features))
+        self.put("weight", weight)
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """[out, in] in `dtype`."""
+        return self.get("weight").to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out] in x's dtype."""
+        return F.linear(x, self.dense_weight(x.dtype))
+
+
+class Fp8BlockLinear(Linear):
+    """E4M3 weight with one UE8M0 scale per 128 x 128 block: W[i, j] * scale[i // 128, j // 128]."""
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take `weight` float8_e4m3fn [out, in] and `scale` float8_e8m0fnu or fp32 [ceil(out/128), ceil(in/128)]."""
+        weight, scale = _take(self, weights, "weight"), _take(self, weights, "scale")
+        shape = (self.out_features, self.in_features)
+        blocks = tuple(-(-n // FP8_BLOCK) for n in shape)
+        check_tensor("Fp8BlockLinear", "weight", weight, dtype=torch.float8_e4m3fn, shape=shape)
+        check_tensor("Fp8BlockLinear", "scale", scale, dtype=(torch.float8_e8m0fnu, torch.float32), shape=blocks)
+        self.put("weight", weight)
+        self.put("scale", scale)
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """[out, in] in `dtype`: exact in bf16 where the scales are powers of two."""
+        return dequantize_block_fp8(self.get("weight"), self.get("scale"), dtype)
+
+
+class Nvfp4Linear(Linear):
+    """NVFP4 weight: E2M1 codes, an E4M3 scale per 16 inputs, one fp32 global scale.
+
+    Args:
+        output_format: None gives a tensor. "mxfp4" or "nvfp4" quantises the output for the indexer: the call returns a
+            `QuantizedQuery` [T, out / head_dim, head_dim].
+        head_dim: of the quantised output, 64 or 128.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, output_format: str | None = None, head_dim: int = 128
+    ) -> None:
+        super().__init__(in_features, out_features)
+        if in_features % NVFP4_GROUP:
+            raise ValueError(f"Nvfp4Linear: in_features must be a multiple of {NVFP4_GROUP}, got {in_features}")
+        if output_format not in (None, "mxfp4", "nvfp4"):
+            raise ValueError(f"Nvfp4Linear: output_format must be None, 'mxfp4' or 'nvfp4', got {output_format!r}")
+        if output_format and out_features % head_dim:
+            raise ValueError(f"Nvfp4Linear: out_features must be a multiple of {head_dim}, got {out_features}")
+        self.output_format, self.head_dim = output_format, head_dim
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take `weight` uint8 [out, in/2] (low nibble = even), `scale` E4M3 [out, in/16], `global_scale` fp32 []."""
+        weight, scale, global_scale = (_take(self, weights, name) for name in ("weight", "scale", "global_scale"))
+        rows = self.out_features
+        check_tensor("Nvfp4Linear", "weight", weight, dtype=torch.uint8, shape=(rows, self.in_features // 2))
+        shape = (rows, self.in_features // NVFP4_GROUP)
+        check_tensor("Nvfp4Linear", "scale", scale, dtype=torch.float8_e4m3fn, shape=shape)
+        check_tensor("Nvfp4Linear", "global_scale", global_scale, dtype=torch.float32, shape=())
+        self.put("weight", weight)
+        self.put("scale", scale)
+        self.put("global_scale", global_scale)
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """[out, in] in `dtype`."""
+        values = dequantize(self.get("weight"), self.get("scale").view(torch.uint8), "nvfp4")
+        return (values * self.get("global_scale")).to(dtype)
+
+    def heads(self, x: Tensor, transform: Callable[[Tensor], Tensor]) -> QuantizedQuery:
+        """Project x [T, in], apply `transform` to [T, out / head_dim, head_dim] (RoPE lies here), quantise."""
+        if self.output_format is None:
+            raise ValueError("Nvfp4Linear: heads() needs an output_format")
+        q = F.linear(x, self.dense_weight(x.dtype)).unflatten(-1, (-1, self.head_dim))
+        return quantize_query(transform(q), self.output_format)
+
+    def forward(self, x: Tensor) -> Tensor | QuantizedQuery:  # type: ignore[override]  # the quantised output
+        """x [..., in] -> [..., out] in x's dtype, or a `QuantizedQuery` where `output_format` is set (x [T, in])."""
+        if self.output_format is None:
+            return F.linear(x, self.dense_weight(x.dtype))
+        return self.heads(x, lambda q: q)
+
+
+def linear_for(weights: Mapping[str, Tensor], in_features: int, out_features: int) -> Linear:
+    """The linear layer that fits the stored dtype of `weights["weight"]`, loaded."""
+    kinds = {torch.float8_e4m3fn: Fp8BlockLinear, torch.uint8: Nvfp4Linear}
+    if "weight" not in weights:
+        raise KeyError("linear_for: weight is missing")
+    layer: Linear = kinds.get(weights["weight"].dtype, Linear)(in_features, out_features)
+    layer.load_weights(weights)
+    return layer
+
+
+def _take(module: nn.Module, weights: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in weights:
+        raise KeyError(f"{type(module).__name__}: {name} is missing, got {sorted(weights)}")
+    return weights[name]

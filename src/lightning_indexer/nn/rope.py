@@ -1,0 +1,21 @@
+"""The RoPE table of a layer."""
+
+from torch import Tensor
+
+from lightning_indexer.config import DSV4Config
+from lightning_indexer.rotary import rope_frequencies
+
+
+def layer_frequencies(config: DSV4Config, layer: int) -> Tensor:
+    """fp32 [rope_head_dim / 2]: one table for everything in a layer, queries, window, entries and indexer alike.
+
+    Layers with a compressor use the compressed base and YaRN; SWA layers the plain base without.
+    """
+    return rope_frequencies(
+        config.rope_head_dim,
+        config.layer_rope_theta(layer),
+        yarn_factor=config.layer_yarn_factor(layer),
+        original_max_position=config.yarn_original_max_position,
+        beta_fast=config.yarn_beta_fast,
+        beta_slow=config.yarn_beta_slow,
+    )

@@ -1,0 +1,54 @@
+"""Quantise entries and write them into their slots."""
+
+import torch
+from torch import Tensor
+
+from lightning_indexer import reference
+from lightning_indexer.cache.view import PagedView
+from lightning_indexer.checks import check_choice, check_range, check_tensor, choose_impl
+from lightning_indexer.formats import ROUNDINGS, quantize
+
+_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+@torch.no_grad()
+def append_entries(
+    entries: Tensor,
+    view: PagedView,
+    slots: Tensor,
+    *,
+    rounding: str = "nearest_even",
+    validate: bool | None = None,
+    impl: str = "auto",
+) -> None:
+    """Quantise entries to the view's format and write their data and scale rows; no other byte changes.
+
+    Args:
+        entries: [N, D] bf16, fp32 or fp16.
+        view: `IndexerView` or `KVView`; its storage is written in place.
+        slots: int32 or int64 [N], block * entries_per_block + row. -1 is skipped. Slots must be distinct.
+        rounding: FP4 ties and floors, see `formats.quantize`.
+        validate: raise ValueError for a slot outside the storage, before anything is written. Default: on a CPU yes;
+            elsewhere no, because it would wait for the device, and such a slot is skipped.
+        impl: "auto", "cpu" or "reference".
+    """
+    op = "append_entries"
+    if not isinstance(view, PagedView):
+        raise TypeError(f"{op}: view must be an IndexerView or a KVView, got {type(view).__name__}")
+    impl = choose_impl(op, impl, view.device)
+    check_choice(op, "rounding", rounding, ROUNDINGS)
+    check_tensor(op, "entries", entries, dtype=_DTYPES, shape=("N", view.schema.dim), device=view.device)
+    shape = (len(entries),)
+    check_tensor(op, "slots", slots, dtype=(torch.int64, torch.int32), shape=shape, device=view.device)
+    num_slots = view.num_blocks * view.schema.entries_per_block
+    if validate if validate is not None else view.device.type == "cpu":
+        check_range(op, "slots", slots, -1, num_slots - 1)
+    if impl == "reference":
+        reference.append_entries(entries, view, slots, rounding=rounding)
+        return
+    written = (slots >= 0) & (slots < num_slots)
+    slots = slots[written].long()
+    block, row = slots // view.schema.entries_per_block, slots % view.schema.entries_per_block
+    data, scale = quantize(entries[written], view.schema.format, rounding=rounding, global_scale=view.global_scale)
+    view.data_rows[block, row] = data
+    view.scale_rows[block, row] = scale

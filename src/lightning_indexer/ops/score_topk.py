@@ -1,0 +1,284 @@
+"""Score every cached entry against each query and keep the best: `score_topk`, and its dense twin `index_scores`."""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from lightning_indexer import reference
+from lightning_indexer.cache.view import IndexerView
+from lightning_indexer.checks import check_choice, check_range, check_tensor, choose_impl
+from lightning_indexer.query import QuantizedQuery
+
+MAX_HEADS = 128
+MAX_TOP_K = 4096
+
+
+@torch.no_grad()
+def index_scores(
+    q: Tensor | QuantizedQuery,
+    weights: Tensor,
+    view: IndexerView,
+    *,
+    valid_lens: Tensor,
+    seq_ids: Tensor | None = None,
+    out: Tensor | None = None,
+    validate: bool | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Dense scores, for tests, debugging and distillation: exactly the numbers that `score_topk` ranks.
+
+        score[t, s] = sum_h weights[t, h] * max(0, <q[t, h], k[s]>)
+
+    Args:
+        q, weights, view, valid_lens, seq_ids, validate, impl: as for `score_topk`.
+        out: fp32 [T, max_len], written in place; max_len must be at least the largest length.
+            Default: a new tensor with max_len = max(valid_lens).
+    Returns:
+        fp32 [T, max_len]: -inf beyond each row's length, NaN where the operands make one, never -0.
+    """
+    op = "index_scores"
+    impl = choose_impl(op, impl, view.device)
+    seq_ids = _check_operands(op, q, weights, view, valid_lens, seq_ids)
+    valid_lens, seq_ids = _check_rows(op, view, valid_lens, seq_ids, validate)
+    longest = int(valid_lens.max()) if len(valid_lens) else 0
+    if out is None:
+        out = torch.empty(len(weights), longest, dtype=torch.float32, device=view.device)
+    check_tensor(op, "out", out, dtype=torch.float32, shape=(len(weights), "max_len"), device=view.device)
+    if out.shape[1] < longest:
+        raise ValueError(f"{op}: out must have at least max(valid_lens) = {longest} columns, got {out.shape[1]}")
+    if impl == "reference":
+        width = out.shape[1]
+        out.copy_(reference.index_scores(q, weights, view, valid_lens=valid_lens, seq_ids=seq_ids, max_len=width))
+    else:
+        from lightning_indexer.cpu import score_topk as cpu
+
+        cpu.index_scores(q, weights, view, valid_lens, seq_ids, out)
+    return out
+
+
+@overload
+def score_topk(
+    q: Tensor | QuantizedQuery,
+    weights: Tensor,
+    view: IndexerView,
+    *,
+    top_k: int,
+    valid_lens: Tensor,
+    seq_ids: Tensor | None = None,
+    order: str = "index",
+    output: str = "entry",
+    return_scores: Literal[False] = False,
+    out: Tensor | None = None,
+    scores_out: Tensor | None = None,
+    workspace: Tensor | None = None,
+    validate: bool | None = None,
+    impl: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def score_topk(
+    q: Tensor | QuantizedQuery,
+    weights: Tensor,
+    view: IndexerView,
+    *,
+    top_k: int,
+    valid_lens: Tensor,
+    seq_ids: Tensor | None = None,
+    order: str = "index",
+    output: str = "entry",
+    return_scores: Literal[True],
+    out: Tensor | None = None,
+    scores_out: Tensor | None = None,
+    workspace: Tensor | None = None,
+    validate: bool | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+@torch.no_grad()
+def score_topk(
+    q: Tensor | QuantizedQuery,
+    weights: Tensor,
+    view: IndexerView,
+    *,
+    top_k: int,
+    valid_lens: Tensor,
+    seq_ids: Tensor | None = None,
+    order: str = "index",
+    output: str = "entry",
+    return_scores: bool = False,
+    out: Tensor | None = None,
+    scores_out: Tensor | None = None,
+    workspace: Tensor | None = None,
+    validate: bool | None = None,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Score every visible entry of each query's sequence and keep the `top_k` best.
+
+        score[t, s] = sum_h weights[t, h] * max(0, <q[t, h], k[s]>)
+
+    The result equals a stable descending sort of `index_scores`, cut at k, bit for bit: ties go to the smaller index,
+    +0 equals -0, and NaN ranks after everything else, -inf included. No allocation grows with T x context.
+
+    Args:
+        q: [T, H, D] fp32, bf16 or fp16, or a `QuantizedQuery`. H is a multiple of 8 up to 128; D is 64 or 128.
+        weights: fp32 [T, H], the model's scale factors (and, for fp8 queries without a scale, theirs) folded in.
+        view: the paged keys. Blocks past a row's length and bytes of unused slots are never read into a result.
+        top_k: 1 .. 4096; may exceed the length.
+        valid_lens: int32 [T], how many entries each query may see, `visible_entries(positions, compress_ratio)`.
+        seq_ids: int32 or int64 [T], each query's row of `view.block_table`; None means query t uses row t.
+            Consecutive rows of one sequence share one pass over its keys.
+        order: "index" (ascending entry index) or "score" (descending, ties by index).
+        output: "entry" (index within the sequence) or "slot" (block * entries_per_block + row; `order` still speaks of
+            the entry index).
+        out: int32 [T, top_k] and scores_out: fp32 [T, top_k], written in place; new tensors by default.
+        workspace: uint8, at least `score_topk_workspace_bytes(...)` bytes; a new tensor by default.
+        validate: check lengths, seq_ids and block ids against the storage before any work, ValueError naming the worst.
+            Default: on a CPU yes; elsewhere no, because it would wait for the device, and they are clamped.
+        impl: "auto", "cpu" (streams, multithreaded) or "reference" (plain torch, materialises each row).
+    Returns:
+        int32 [T, top_k], -1 where there are fewer entries; with return_scores also fp32 [T, top_k], -inf there (and
+        for NaN).
+    """
+    op = "score_topk"
+    impl = choose_impl(op, impl, view.device)
+    seq_ids = _check_operands(op, q, weights, view, valid_lens, seq_ids)
+    check_choice(op, "order", order, ("index", "score"))
+    check_choice(op, "output", output, ("entry", "slot"))
+    _check_top_k(op, top_k)
+    shape = (len(weights), top_k)
+    for name, tensor, dtype in (("out", out, torch.int32), ("scores_out", scores_out, torch.float32)):
+        if tensor is not None:
+            check_tensor(op, name, tensor, dtype=dtype, shape=shape, device=view.device)
+    workspace = _check_workspace(op, workspace, weights.shape[1], view, top_k)
+    valid_lens, seq_ids = _check_rows(op, view, valid_lens, seq_ids, validate)
+    if out is None:
+        out = torch.empty(shape, dtype=torch.int32, device=view.device)
+    if return_scores and scores_out is None:
+        scores_out = torch.empty(shape, dtype=torch.float32, device=view.device)
+    if impl == "reference":
+        _reference(q, weights, view, valid_lens, seq_ids, order == "score", output == "slot", out, scores_out)
+    else:
+        from lightning_indexer.cpu import score_topk as cpu
+
+        cpu.score_topk(
+            q,
+            weights,
+            view,
+            valid_lens,
+            seq_ids,
+            by_score=order == "score",
+            as_slots=output == "slot",
+            out=out,
+            scores_out=scores_out,
+            workspace=workspace,
+        )
+    if return_scores:
+        assert scores_out is not None, "allocated above"
+        return out, scores_out
+    return out
+
+
+def score_topk_workspace_bytes(*, num_heads: int, head_dim: int, top_k: int) -> int:
+    """Bytes of working memory that `score_topk` uses: no more for a longer context or more queries.
+
+    Operators of torch itself need a little more for a moment (a few MiB, equally bounded).
+    """
+    from lightning_indexer.cpu.score_topk import Scratch
+
+    _check_top_k("score_topk_workspace_bytes", top_k)
+    return Scratch.nbytes(num_heads, head_dim, top_k)
+
+
+def _reference(
+    q: Tensor | QuantizedQuery,
+    weights: Tensor,
+    view: IndexerView,
+    valid_lens: Tensor,
+    seq_ids: Tensor,
+    by_score: bool,
+    as_slots: bool,
+    out: Tensor,
+    scores_out: Tensor | None,
+) -> None:
+    longest = int(valid_lens.max()) if len(valid_lens) else 0
+    dense = reference.index_scores(q, weights, view, valid_lens=valid_lens, seq_ids=seq_ids, max_len=longest)
+    for t, length in enumerate(valid_lens.tolist()):
+        best = reference.select(dense[t], length, out.shape[1])
+        if not by_score:
+            best = torch.cat([best[best >= 0].sort().values, best[best < 0]])
+        if scores_out is not None:
+            scores_out[t] = -torch.inf
+            found = dense[t, best[best >= 0]]
+            scores_out[t, : len(found)] = torch.where(found.isnan(), -torch.inf, found)
+        out[t] = view.slots(seq_ids[t : t + 1], best.unsqueeze(0))[0] if as_slots else best
+
+
+def _check_operands(
+    op: str,
+    q: Tensor | QuantizedQuery,
+    weights: Tensor,
+    view: IndexerView,
+    valid_lens: Tensor,
+    seq_ids: Tensor | None,
+) -> Tensor:
+    """Check everything that shapes and dtypes tell, and return seq_ids with its default filled in."""
+    if not isinstance(view, IndexerView):
+        raise TypeError(f"{op}: view must be an IndexerView, got {type(view).__name__}")
+    check_tensor(op, "weights", weights, dtype=torch.float32, shape=("T", "H"), device=view.device)
+    num_tokens, num_heads = weights.shape
+    if num_heads % 8 or not 8 <= num_heads <= MAX_HEADS:
+        raise ValueError(f"{op}: weights must have a multiple of 8 heads up to {MAX_HEADS}, got {num_heads}")
+    q_shape = (num_tokens, num_heads, view.schema.dim)
+    if isinstance(q, QuantizedQuery):
+        if tuple(q.shape) != q_shape or q.device != view.device:
+            raise ValueError(
+                f"{op}: q must be a QuantizedQuery of shape {list(q_shape)} on {view.device}, "
+                f"got {list(q.shape)} on {q.device}"
+            )
+    else:
+        dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        check_tensor(op, "q", q, dtype=dtypes, shape=q_shape, device=view.device)
+    check_tensor(op, "valid_lens", valid_lens, dtype=torch.int32, shape=(num_tokens,), device=view.device)
+    if seq_ids is None:
+        if num_tokens > view.num_seqs:
+            raise ValueError(
+                f"{op}: without seq_ids query t uses row t of block_table, which has {view.num_seqs} rows "
+                f"for {num_tokens} queries (pass seq_ids)"
+            )
+        return torch.arange(num_tokens, dtype=torch.int32, device=view.device)
+    check_tensor(op, "seq_ids", seq_ids, dtype=(torch.int32, torch.int64), shape=(num_tokens,), device=view.device)
+    return seq_ids
+
+
+def _check_rows(
+    op: str, view: IndexerView, valid_lens: Tensor, seq_ids: Tensor, validate: bool | None
+) -> tuple[Tensor, Tensor]:
+    """Check what the tensors hold, or clamp it."""
+    if validate if validate is not None else view.device.type == "cpu":
+        if len(seq_ids):
+            check_range(op, "seq_ids", seq_ids, 0, view.num_seqs - 1)
+        check_range(op, "valid_lens", valid_lens, 0, view.max_entries)
+        view.check_blocks(op, seq_ids, valid_lens)
+        return valid_lens, seq_ids
+    readable = view.max_entries if view.num_blocks and view.num_seqs else 0
+    return valid_lens.clamp(0, readable), seq_ids.clamp(0, max(view.num_seqs - 1, 0))
+
+
+def _check_top_k(op: str, top_k: int) -> None:
+    if not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K:
+        raise ValueError(f"{op}: top_k must be an int in 1..{MAX_TOP_K}, got {top_k!r}")
+
+
+def _check_workspace(op: str, workspace: Tensor | None, num_heads: int, view: IndexerView, top_k: int) -> Tensor:
+    needed = score_topk_workspace_bytes(num_heads=num_heads, head_dim=view.schema.dim, top_k=top_k)
+    if workspace is None:
+        return torch.empty(needed, dtype=torch.uint8, device=view.device)
+    check_tensor(op, "workspace", workspace, dtype=torch.uint8, shape=("bytes",), device=view.device)
+    if len(workspace) < needed:
+        raise ValueError(f"{op}: workspace must have at least {needed} bytes, got {len(workspace)}")
+    if not workspace.is_contiguous() or workspace.data_ptr() % 64:
+        raise ValueError(f"{op}: workspace must be contiguous and 64-byte aligned, got stride {workspace.stride()}")
+    return workspace

@@ -1,0 +1,50 @@
+"""How many entries a query may see."""
+
+import torch
+from torch import Tensor
+
+from lightning_indexer.checks import check_range, check_tensor
+
+_INT_DTYPES = (torch.int32, torch.int64)
+
+
+def visible_entries(positions: Tensor, compress_ratio: int) -> Tensor:
+    """Entries visible from absolute token positions: (position + 1) // compress_ratio.
+
+    A token that completes an entry sees it, so entries are written before queries are scored.
+
+    Args:
+        positions: int32 or int64, any shape, 0-based. -1 (no token) sees nothing.
+        compress_ratio: tokens per entry, 4 for CSA and 128 for HCA.
+    Returns:
+        int32, same shape.
+    """
+    check_tensor("visible_entries", "positions", positions, dtype=_INT_DTYPES, shape=_any_shape(positions))
+    _check_positive("visible_entries", "compress_ratio", compress_ratio)
+    return ((positions + 1) // compress_ratio).to(torch.int32)
+
+
+def compute_valid_lens(block_lens: Tensor, entries_per_block: int) -> Tensor:
+    """Entries that whole blocks hold: block_lens * entries_per_block, for caches whose blocks are all full.
+
+    Args:
+        block_lens: int32 or int64, any shape, blocks per query's sequence, not negative.
+        entries_per_block: `cache.paged.schema.entries_per_block`.
+    Returns:
+        int32, same shape.
+    """
+    check_tensor("compute_valid_lens", "block_lens", block_lens, dtype=_INT_DTYPES, shape=_any_shape(block_lens))
+    _check_positive("compute_valid_lens", "entries_per_block", entries_per_block)
+    if block_lens.device.type == "cpu":
+        limit = torch.iinfo(torch.int32).max // entries_per_block
+        check_range("compute_valid_lens", "block_lens", block_lens, 0, limit)
+    return (block_lens * entries_per_block).to(torch.int32)
+
+
+def _any_shape(tensor: Tensor) -> tuple[str, ...]:
+    return ("*",) * tensor.ndim if isinstance(tensor, Tensor) else ()
+
+
+def _check_positive(op: str, name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{op}: {name} must be at least 1, got {value}")

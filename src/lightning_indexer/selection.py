@@ -1,0 +1,46 @@
+"""The order in which entries are chosen, as one integer per candidate.
+
+A candidate's 64-bit key is (order-preserving score bits, 2^32 - 1 - index): a larger key is a better candidate, equal
+scores go to the smaller index, and no two keys are equal, so any exact top-k over keys gives the same answer.
+From best to worst: +inf, numbers (+0 equals -0), -inf, NaN, EMPTY.
+"""
+
+import torch
+from torch import Tensor
+
+EMPTY = torch.iinfo(torch.int64).min
+_INDEX_MASK = 0xFFFFFFFF
+_POSITIVE_INF = 0x7F800000
+_NEGATIVE_INF = -0x7F800001  # order-preserving image of the bits 0xFF800000
+_NAN = _NEGATIVE_INF - 1
+
+
+def candidate_keys(scores: Tensor, indices: Tensor) -> Tensor:
+    """int64 keys of fp32 `scores` and the entries' `indices` (0 .. 2^32 - 1), broadcast together."""
+    bits = (scores + 0.0).view(torch.int32)  # -0 + 0 is +0
+    rank = _flip_negative(bits).clamp_min_(_NAN)
+    rank.masked_fill_(rank > _POSITIVE_INF, _NAN)
+    return rank.to(torch.int64).bitwise_left_shift_(32).add_(_INDEX_MASK - indices)
+
+
+def key_indices(keys: Tensor) -> Tensor:
+    """int32 entry indices of keys, -1 for EMPTY."""
+    return torch.where(keys == EMPTY, -1, _INDEX_MASK - (keys & _INDEX_MASK)).to(torch.int32)
+
+
+def key_scores(keys: Tensor) -> Tensor:
+    """fp32 scores of keys, -inf for EMPTY and for NaN."""
+    rank = (keys >> 32).clamp_min_(_NEGATIVE_INF).to(torch.int32)
+    return _flip_negative(rank).view(torch.float32)
+
+
+def order_by_index(keys: Tensor) -> Tensor:
+    """Sort keys [T, k] by ascending entry index, EMPTY last."""
+    indices = _INDEX_MASK - (keys & _INDEX_MASK)
+    indices.masked_fill_(keys == EMPTY, _INDEX_MASK + 1)
+    return keys.gather(1, indices.argsort(dim=1))
+
+
+def _flip_negative(bits: Tensor) -> Tensor:
+    """Map fp32 bits (int32) to integers of the same order, or back: negative numbers flip all bits but the sign."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
