@@ -84,22 +84,23 @@ def dequantize(data: Tensor, scale: Tensor, format: str, *, global_scale: float 
         data, scale: uint8 rows as `quantize` returns them (any strides; `scale` may carry trailing pad bytes).
     """
     if format in ("bf16", "fp32"):
-        return data.contiguous().view(torch.bfloat16 if format == "bf16" else torch.float32).float()
+        return _reinterpret(data, torch.bfloat16 if format == "bf16" else torch.float32).float()
     if format == "mxfp4":
         codes = e2m1_decode(unpack_nibbles(data))
         groups = codes.shape[-1] // MXFP4_GROUP
         return _scale_groups(codes, ue8m0_decode(scale[..., :groups]), MXFP4_GROUP)
     if format == "nvfp4":
         codes = e2m1_decode(unpack_nibbles(data))
-        scales = scale.contiguous().view(torch.float8_e4m3fn).float()
+        groups = codes.shape[-1] // NVFP4_GROUP
+        scales = _reinterpret(scale[..., :groups], torch.float8_e4m3fn).float()
         # code * scale has at most six significant bits, so only the product with global_scale can round
         return _scale_groups(codes, scales, NVFP4_GROUP) * global_scale
     if format == "fp8":
-        return data.contiguous().view(torch.float8_e4m3fn).float() * scale.contiguous().view(torch.float32)
+        return _reinterpret(data, torch.float8_e4m3fn).float() * _reinterpret(scale[..., :4], torch.float32)
     if format == "fp8_ds_mla":
-        codes = data[..., :MLA_FP8_DIMS].contiguous().view(torch.float8_e4m3fn).float()
+        codes = _reinterpret(data[..., :MLA_FP8_DIMS], torch.float8_e4m3fn).float()
         nope = _scale_groups(codes, ue8m0_decode(scale[..., : MLA_FP8_DIMS // MLA_GROUP]), MLA_GROUP)
-        rope = data[..., MLA_FP8_DIMS:].contiguous().view(torch.bfloat16).float()
+        rope = _reinterpret(data[..., MLA_FP8_DIMS:], torch.bfloat16).float()
         return torch.cat([nope, rope], dim=-1)
     raise ValueError(f"dequantize: format must be one of {_all_formats()}, got {format!r}")
 
@@ -140,7 +141,7 @@ def check_entry_dim(format: str, dim: int) -> None:
 def e2m1_encode(x: Tensor, *, rounding: str = "nearest_even") -> Tensor:
     """4-bit codes (uint8, 0..15, bit 3 = sign) of x, saturating at 6. NaN gives code 0: its scale must carry it."""
     bounds = torch.tensor(_E2M1_BOUNDS[rounding], dtype=torch.float32, device=x.device)
-    magnitude = x.float().abs().nan_to_num(0.0, posinf=E2M1_MAX)
+    magnitude = x.float().abs().nan_to_num(0.0, posinf=E2M1_MAX).contiguous()
     code = torch.bucketize(magnitude, bounds, out_int32=True).to(torch.uint8)
     sign = torch.signbit(x)
     if rounding == "toward_zero":
@@ -168,9 +169,9 @@ def _tie_bounds(rounding: str) -> tuple[float, ...]:
     """Largest float that still rounds down at each midpoint: a code is the number of bounds below |x|."""
     bounds = []
     for code, (low, high) in enumerate(zip(E2M1_VALUES, E2M1_VALUES[1:], strict=False)):
-        midpoint = torch.tensor((low + high) / 2)
+        midpoint = torch.tensor((low + high) / 2, dtype=torch.float32)
         if rounding == "nearest_even" and code % 2 == 1:  # the upper neighbour is even: the tie goes up
-            midpoint = torch.nextafter(midpoint, torch.tensor(0.0))
+            midpoint = torch.nextafter(midpoint, torch.zeros_like(midpoint))
         bounds.append(midpoint.item())
     return tuple(bounds)
 
@@ -237,6 +238,12 @@ def _fp8_scale_byte(amax: Tensor) -> Tensor:
 def _scale_groups(codes: Tensor, scales: Tensor, group: int) -> Tensor:
     grouped: Tensor = codes.unflatten(-1, (-1, group))
     return (grouped * scales.unsqueeze(-1)).flatten(-2)
+
+
+def _reinterpret(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes [..., n] as values [..., n / itemsize], from any strides and addresses."""
+    rows = rows.contiguous()
+    return (rows.clone() if rows.storage_offset() % dtype.itemsize else rows).view(dtype)
 
 
 def _all_formats() -> tuple[str, ...]:

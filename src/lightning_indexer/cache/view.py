@@ -63,8 +63,8 @@ class PagedView:
 
     @property
     def max_entries(self) -> int:
-        """Entries that one row of the block table can address."""
-        return self.block_table.shape[1] * self.schema.entries_per_block
+        """Entries that one row of the block table can address; 0 where there is no row or no block."""
+        return self.block_table.shape[1] * self.schema.entries_per_block if self.num_seqs and self.num_blocks else 0
 
     @property
     def data_rows(self) -> Tensor:
@@ -81,20 +81,24 @@ class PagedView:
 
         Block ids that point outside the storage are clamped into it.
         """
+        if self.max_entries == 0:
+            return torch.full_like(indices, -1, dtype=torch.int64)
         per_block = self.schema.entries_per_block
         entry = indices.clamp_min(0).long()
         block = self.block_table[seq_ids.long().unsqueeze(-1), entry // per_block].long()
-        slots = block.clamp(0, max(self.num_blocks - 1, 0)) * per_block + entry % per_block
+        slots = block.clamp(0, self.num_blocks - 1) * per_block + entry % per_block
         return torch.where(indices < 0, -1, slots)
 
     def check_blocks(self, op: str, seq_ids: Tensor, lens: Tensor) -> None:
-        """Raise ValueError if a block that rows with these lengths need lies outside the storage."""
+        """Raise ValueError if a block that rows with these lengths (<= `max_entries`) need is not in the storage."""
+        if self.max_entries == 0:
+            return
         longest = torch.zeros(self.num_seqs, dtype=torch.int64, device=self.device)
         longest.scatter_reduce_(0, seq_ids.long(), lens.long(), "amax")
         needed = -(-longest // self.schema.entries_per_block)
         columns = torch.arange(self.block_table.shape[1], device=self.device)
         used = torch.where(columns < needed.unsqueeze(-1), self.block_table, 0)
-        check_range(op, "block_table", used, 0, max(self.num_blocks - 1, 0))
+        check_range(op, "block_table", used, 0, self.num_blocks - 1)
 
     def _rows(self, offset: int, row_bytes: int) -> Tensor:
         shape = (self.num_blocks, self.schema.entries_per_block, row_bytes)

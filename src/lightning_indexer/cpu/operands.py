@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from lightning_indexer.cache.view import IndexerView
-from lightning_indexer.formats import MXFP4_GROUP, UE8M0_BIAS, UE8M0_NAN, dequantize
+from lightning_indexer.formats import MXFP4_GROUP, UE8M0_BIAS, UE8M0_NAN, dequantize, ue8m0_decode
 from lightning_indexer.query import QuantizedQuery
 
 _INT_SHIFT = 3  # 12 << 3 = 96 fits int8
-_UNIT_EXPONENT = UE8M0_BIAS + 1 + _INT_SHIFT  # mantissa 1 stands for 2^(byte - _UNIT_EXPONENT)
+_UNIT = 2.0 ** -(1 + _INT_SHIFT)  # what mantissa 1 stands for, relative to the scale of the largest group
 _DOUBLED_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)
 
 
@@ -39,11 +39,11 @@ class Operand:
 def query_operand(q: Tensor | QuantizedQuery) -> Operand:
     """Queries [T, H, D] as an operand with a scale per (token, head)."""
     if not isinstance(q, QuantizedQuery):
-        return Operand(q.float(), None, None)
+        return Operand(_own(q.float()), None, None)
     if q.format == "mxfp4":
         return _mxfp4_operand(q.data.view(torch.uint8), q.scale_bytes())
     if q.format == "fp8":
-        return Operand(q.data.float(), None, None if q.scale is None else q.scale.double())
+        return Operand(_own(q.data.float()), None, None if q.scale is None else q.scale.double())
     values = dequantize(q.data.view(torch.uint8), q.scale_bytes(), q.format)
     return Operand(values, None, _global_scale(q.global_scale, values))
 
@@ -66,11 +66,13 @@ def fold_weights(weights: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor 
     Returns:
         fp32 [T, H] weights and the fp64 [T] factor for the finished scores (None for all ones).
     """
+    padded = torch.zeros(len(weights), -(-weights.shape[1] // 16) * 16, dtype=torch.float32)
+    folded = padded[:, : weights.shape[1]]  # every row begins at a multiple of 64 bytes: same address, same bits
     if scale is None:
-        return weights, None
+        return folded.copy_(weights), None
     largest = torch.where(torch.isfinite(scale), scale, 0.0).amax(-1)
-    common = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
-    return (weights * (scale / common.unsqueeze(-1))).float(), common
+    common = torch.where(largest > 0, largest / torch.frexp(largest).mantissa, 1.0)
+    return folded.copy_(weights * (scale / common.unsqueeze(-1))), common
 
 
 @lru_cache(maxsize=1)
@@ -89,15 +91,26 @@ def _mxfp4_operand(data: Tensor, scale: Tensor) -> Operand:
     exponent = scale[..., : groups.shape[-2]].to(torch.int16)
     top = exponent.amax(-1)
     drop = top.unsqueeze(-1) - exponent  # binades below the row's largest group
-    if int(drop.max() if drop.numel() else 0) > _INT_SHIFT:
-        drop = torch.where((groups != 0).any(-1), drop, 0)  # a group of zeros fits at any exponent
-    unit = torch.ldexp(torch.ones(top.shape, dtype=torch.float64), top - _UNIT_EXPONENT)
-    unit = torch.where(top == UE8M0_NAN, torch.nan, unit)
-    if has_exact_int8_matmul() and int(drop.max() if drop.numel() else 0) <= _INT_SHIFT:
+    if _largest(drop) > _INT_SHIFT:  # not counting groups of zeros, which fit at any exponent
+        live = (groups != 0).any(-1) | (exponent == UE8M0_NAN)
+        exponent = torch.where(live, exponent, 0)
+        top = exponent.amax(-1)
+        drop = torch.where(live, top.unsqueeze(-1) - exponent, 0)
+    unit = ue8m0_decode(top).double() * _UNIT
+    if has_exact_int8_matmul() and _largest(drop) <= _INT_SHIFT:
         integers = (groups << (_INT_SHIFT - drop).to(torch.int8).unsqueeze(-1)).flatten(-2)
         return Operand(integers.float(), integers, unit)
-    factor = torch.ldexp(torch.ones(drop.shape), _INT_SHIFT - drop)
+    factor = ue8m0_decode((UE8M0_BIAS + _INT_SHIFT - drop).clamp_min(0))
     return Operand((groups * factor.unsqueeze(-1)).flatten(-2), None, unit)
+
+
+def _largest(values: Tensor) -> int:
+    return int(values.max()) if values.numel() else 0
+
+
+def _own(values: Tensor) -> Tensor:
+    """A contiguous copy at an address of torch's choosing: a product's bits may depend on its operands' alignment."""
+    return values.clone(memory_format=torch.contiguous_format)
 
 
 def _doubled_codes(packed: Tensor) -> Tensor:

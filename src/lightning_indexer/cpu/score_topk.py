@@ -9,7 +9,6 @@ Measured choices (2 cores, AVX-512, H=64, D=128): one query per product reaches 
 no padding in decode; tiles of 2,048 keep products, ReLU and head sum inside L2.
 """
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -88,14 +87,13 @@ def index_scores(
     num_heads = weights.shape[1]
     layout_bytes = Scratch.nbytes(num_heads, view.schema.dim, 0)
     scratch = Scratch.carve(torch.empty(layout_bytes, dtype=torch.uint8), num_heads, view.schema.dim, 0)
-    with full_float32():
-        for group in query_passes(q, weights, valid_lens, seq_ids):
-            for start in range(0, group.max_len, ENTRIES_PER_CHUNK):
-                scores = score_chunk(group, view, start, scratch)
-                for row, length in enumerate(group.lens):
-                    end = min(length - start, scores.shape[1])
-                    if end > 0:
-                        out[group.rows.start + row, start : start + end] = scores[row, :end]
+    for group in query_passes(q, weights, valid_lens, seq_ids):
+        for start in range(0, group.max_len, ENTRIES_PER_CHUNK):
+            scores = score_chunk(group, view, start, scratch)
+            for row, length in enumerate(group.lens):
+                end = min(length - start, scores.shape[1])
+                if end > 0:
+                    out[group.rows.start + row, start : start + end] = scores[row, :end]
 
 
 def score_topk(
@@ -114,14 +112,13 @@ def score_topk(
     """Fill `out` [T, k] (and `scores_out`) with the best entries of each row."""
     top_k = out.shape[1]
     scratch = Scratch.carve(workspace, weights.shape[1], view.schema.dim, top_k)
-    with full_float32():
-        for group in query_passes(q, weights, valid_lens, seq_ids):
-            best = best_keys(group, view, top_k, scratch)
-            best = best.sort(dim=1, descending=True).values if by_score else order_by_index(best)
-            indices = key_indices(best)
-            out[group.rows] = view.slots(seq_ids[group.rows], indices) if as_slots else indices
-            if scores_out is not None:
-                scores_out[group.rows] = key_scores(best)
+    for group in query_passes(q, weights, valid_lens, seq_ids):
+        best = best_keys(group, view, top_k, scratch)
+        best = best.sort(dim=1, descending=True).values if by_score else order_by_index(best)
+        indices = key_indices(best)
+        out[group.rows] = view.slots(seq_ids[group.rows], indices) if as_slots else indices
+        if scores_out is not None:
+            scores_out[group.rows] = key_scores(best)
 
 
 def best_keys(group: QueryPass, view: IndexerView, top_k: int, scratch: Scratch) -> Tensor:
@@ -168,19 +165,6 @@ def query_passes(
         folded, factor = fold_weights(weights[rows], query.scale)
         yield QueryPass(rows, seqs[start], lens[start:stop], query, folded, factor)
         start = stop
-
-
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Keep a caller's reduced-precision matmul setting or autocast from reaching the scores."""
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time by torch
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        with torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def _score_tile(group: QueryPass, keys: Operand, first: int, scores: Tensor, scratch: Scratch) -> None:

@@ -56,5 +56,6 @@ def sparse_attention(
     logits.masked_fill_(~valid.unsqueeze(1), -torch.inf)
     lse = torch.logsumexp(logits, dim=-1)
     total = lse if sink is None else torch.logaddexp(lse, sink)
-    probabilities = torch.exp(logits - total.unsqueeze(-1)).nan_to_num_(0.0)  # no valid row: exp(-inf + inf)
+    probabilities = torch.exp(logits - total.unsqueeze(-1))
+    probabilities.masked_fill_(~valid.any(1).view(-1, 1, 1), 0.0)  # no valid row: -inf - -inf is NaN
     return torch.bmm(probabilities, kv).to(q.dtype), lse

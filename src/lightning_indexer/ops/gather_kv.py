@@ -57,13 +57,14 @@ def gather_kv(
     if validate if validate is not None else view.device.type == "cpu":
         check_range(op, "seq_ids", seq_ids, 0, view.num_seqs - 1)
         check_range(op, "indices", indices, torch.iinfo(torch.int32).min, view.max_entries - 1)
-        _check_block_ids(op, view, seq_ids, indices)
-    else:
-        seq_ids = seq_ids.clamp(0, max(view.num_seqs - 1, 0))
-        indices = indices.clamp(max=view.max_entries - 1)
+        if view.max_entries:
+            _check_block_ids(op, view, seq_ids, indices)
+    if view.max_entries == 0 or out.numel() == 0:
+        return out.zero_()
+    seq_ids, indices = seq_ids.clamp(0, view.num_seqs - 1), indices.clamp(max=view.max_entries - 1)
     if impl == "reference":
         out.copy_(reference.gather_kv(view, indices, seq_ids=seq_ids, dtype=dtype))
-    elif out.numel():
+    else:
         _gather(view, view.slots(seq_ids, indices), out)
     return out
 
@@ -76,8 +77,6 @@ def _gather(view: KVView, slots: Tensor, out: Tensor) -> None:
 
 
 def _check_block_ids(op: str, view: KVView, seq_ids: Tensor, indices: Tensor) -> None:
-    if indices.numel() == 0:
-        return
     block = indices.clamp_min(0).long() // view.schema.entries_per_block
     ids = view.block_table[seq_ids.long().unsqueeze(-1), block]
     check_range(op, "block_table", torch.where(indices < 0, 0, ids), 0, view.num_blocks - 1)

@@ -36,9 +36,10 @@ def merge_topk(
         raise ValueError(f"{op}: top_k must be at least 1, got {top_k}")
     keys = torch.where(indices < 0, EMPTY, candidate_keys(scores, indices.long()))
     if group is not None:
-        gathered = keys.new_empty(dist.get_world_size(group), *keys.shape)
+        ranks, (num_tokens, width) = dist.get_world_size(group), keys.shape
+        gathered = keys.new_empty(ranks * num_tokens, width)
         dist.all_gather_into_tensor(gathered, keys.contiguous(), group=group)
-        keys = gathered.transpose(0, 1).flatten(1)  # [T, ranks * C]
+        keys = gathered.view(ranks, num_tokens, width).transpose(0, 1).flatten(1)  # [T, ranks * C]
     if keys.shape[1] < top_k:
         keys = torch.nn.functional.pad(keys, (0, top_k - keys.shape[1]), value=EMPTY)
     best = keys.topk(top_k, dim=1).values

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_indexer import reference
 from lightning_indexer.cache.view import IndexerView
 from lightning_indexer.checks import check_choice, check_range, check_tensor, choose_impl
+from lightning_indexer.precision import full_float32
 from lightning_indexer.query import QuantizedQuery
 
 MAX_HEADS = 128
@@ -15,6 +16,7 @@ MAX_TOP_K = 4096
 
 
 @torch.no_grad()
+@full_float32()
 def index_scores(
     q: Tensor | QuantizedQuery,
     weights: Tensor,
@@ -98,6 +100,7 @@ def score_topk(
 
 
 @torch.no_grad()
+@full_float32()
 def score_topk(
     q: Tensor | QuantizedQuery,
     weights: Tensor,
@@ -263,8 +266,7 @@ def _check_rows(
         check_range(op, "valid_lens", valid_lens, 0, view.max_entries)
         view.check_blocks(op, seq_ids, valid_lens)
         return valid_lens, seq_ids
-    readable = view.max_entries if view.num_blocks and view.num_seqs else 0
-    return valid_lens.clamp(0, readable), seq_ids.clamp(0, max(view.num_seqs - 1, 0))
+    return valid_lens.clamp(0, view.max_entries), seq_ids.clamp(0, max(view.num_seqs - 1, 0))
 
 
 def _check_top_k(op: str, top_k: int) -> None:

@@ -1,0 +1,474 @@
+"""What several test files share: independent codecs, caches in awkward memory, oracles and checks.
+
+The codecs here are written with numpy and `ml_dtypes` after the format descriptions and call nothing of
+`lightning_indexer.formats` or `lightning_indexer.cache.schema`, so that two authors must agree on every byte.
+Checks take the function under test as an argument: the real tests pass the real one, and
+`test_wrong_implementations.py` passes wrong ones, which some check must reject.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from lightning_indexer import CacheSchema, IndexerView, KVView, QuantizedQuery
+
+E2M1, E4M3, E8M0, BF16 = (
+    ml_dtypes.float4_e2m1fn,
+    ml_dtypes.float8_e4m3fn,
+    ml_dtypes.float8_e8m0fnu,
+    ml_dtypes.bfloat16,
+)
+E2M1_MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+POISON = 0xFF  # NaN as E4M3, UE8M0, bf16 and fp32; -6 twice as E2M1
+INT_MAX = 2**31 - 1
+
+# (format, dims) -> bytes of an entry's data row and scale row
+ROW_BYTES = {
+    ("mxfp4", 64): (32, 4),
+    ("mxfp4", 128): (64, 4),
+    ("nvfp4", 64): (32, 4),
+    ("nvfp4", 128): (64, 8),
+    ("fp8", 64): (64, 4),
+    ("fp8", 128): (128, 4),
+    ("bf16", 64): (128, 0),
+    ("bf16", 128): (256, 0),
+    ("bf16", 512): (1024, 0),
+    ("fp32", 64): (256, 0),
+    ("fp32", 128): (512, 0),
+    ("fp8_ds_mla", 512): (576, 8),
+}
+
+
+# --- codecs ---------------------------------------------------------------------------------------------------
+
+
+def ue8m0_ceil(scale: np.ndarray) -> np.ndarray:
+    """Exponent byte of the smallest power of two >= scale (float64, normal range); 255 where not finite."""
+    mantissa, exponent = np.frexp(scale)
+    exponent = np.where(mantissa == 0.5, exponent - 1, exponent)
+    return np.where(np.isfinite(scale), exponent + 127, 255).astype(np.uint8)
+
+
+def e2m1_codes(x: np.ndarray, rounding: str = "nearest_even") -> np.ndarray:
+    """4-bit codes of fp32 x: `ml_dtypes` for nearest-even; the nearest smaller magnitude, never -0, for toward-zero."""
+    if rounding == "nearest_even":
+        return x.astype(E2M1).view(np.uint8)
+    distance = np.abs(np.minimum(np.abs(x.astype(np.float64)), 6)[..., None] - E2M1_MAGNITUDES)
+    code = distance.argmin(-1).astype(np.uint8)  # the first of two equal distances is the smaller magnitude
+    return np.where((x < 0) & (code > 0), code | 8, code)
+
+
+def encode_rows(
+    x: np.ndarray, format: str, *, rounding: str = "nearest_even", global_scale: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 data rows and scale rows of fp32 entries x [..., D]."""
+    x = np.asarray(x, np.float32)
+    if format in ("bf16", "fp32"):
+        return _bytes(x.astype(BF16 if format == "bf16" else np.float32)), np.zeros((*x.shape[:-1], 0), np.uint8)
+    if format == "fp8":
+        codes, byte = _encode_fp8(x, x.shape[-1])
+        return codes, _bytes(byte.view(E8M0).astype(np.float32))
+    if format == "fp8_ds_mla":
+        codes, byte = _encode_fp8(x[..., :448], 64)
+        pad = np.zeros((*byte.shape[:-1], 1), np.uint8)
+        return np.concatenate([codes, _bytes(x[..., 448:].astype(BF16))], -1), np.concatenate([byte, pad], -1)
+    groups = _grouped(x, 32 if format == "mxfp4" else 16)
+    amax = np.abs(groups).max(-1)
+    if format == "mxfp4":
+        floor = 6 * 2.0**-126 if rounding == "nearest_even" else 1e-4
+        scale = ue8m0_ceil(np.maximum(amax, np.float32(floor)).astype(np.float64) / 6)
+        unit = scale.view(E8M0).astype(np.float32)
+        scale = np.concatenate([scale, np.full((*scale.shape[:-1], 4 - scale.shape[-1]), 127, np.uint8)], -1)
+    else:
+        amax = np.clip(amax / np.float32(global_scale), np.float32(6 * 2.0**-9), np.float32(6 * 448))
+        scale = (amax / np.float32(6)).astype(E4M3)
+        unit = scale.astype(np.float32) * np.float32(global_scale)
+    codes = e2m1_codes(groups / unit[..., None], rounding).reshape(x.shape)
+    return codes[..., 0::2] | codes[..., 1::2] << 4, scale.view(np.uint8)
+
+
+def decode_rows(data: np.ndarray, scale: np.ndarray, format: str, *, global_scale: float = 1.0) -> np.ndarray:
+    """float64 [..., D]: exactly what the bytes stand for."""
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        return _decode_rows(data, scale, format, global_scale)
+
+
+def _decode_rows(data: np.ndarray, scale: np.ndarray, format: str, global_scale: float) -> np.ndarray:
+    if format in ("bf16", "fp32"):
+        return data.view(BF16 if format == "bf16" else np.float32).astype(np.float64)
+    if format == "fp8":
+        return data.view(E4M3).astype(np.float64) * scale.view(np.float32)
+    if format == "fp8_ds_mla":
+        codes = data[..., :448].copy().view(E4M3).astype(np.float64)
+        nope = codes * scale[..., :7].copy().view(E8M0).astype(np.float64).repeat(64, -1)
+        return np.concatenate([nope, data[..., 448:].copy().view(BF16).astype(np.float64)], -1)
+    codes = np.stack([data & 15, data >> 4], -1).reshape(*data.shape[:-1], 2 * data.shape[-1])
+    codes = codes.view(E2M1).astype(np.float64)
+    if format == "mxfp4":
+        groups = scale[..., : codes.shape[-1] // 32].copy()
+        return codes * groups.view(E8M0).astype(np.float64).repeat(32, -1)
+    return codes * scale.view(E4M3).astype(np.float64).repeat(16, -1) * global_scale
+
+
+def write_row(block_bytes: np.ndarray, row: int, entries_per_block: int, data: np.ndarray, scale: np.ndarray) -> None:
+    """Put one entry into a block: all data rows first, then all scale rows."""
+    block_bytes[row * len(data) :][: len(data)] = data
+    block_bytes[entries_per_block * len(data) + row * len(scale) :][: len(scale)] = scale
+
+
+def _encode_fp8(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
+    groups = _grouped(x, group)
+    amax = np.maximum(np.abs(groups).max(-1), np.float32(1e-4))
+    byte = ue8m0_ceil(amax.astype(np.float64) / 448)
+    codes = np.clip(groups / byte.view(E8M0).astype(np.float32)[..., None], -448, 448).astype(E4M3)
+    return codes.view(np.uint8).reshape(x.shape), byte
+
+
+def _grouped(x: np.ndarray, size: int) -> np.ndarray:
+    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+
+
+def _bytes(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x).view(np.uint8)
+
+
+# --- caches, queries, problems --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A view over poisoned, permuted blocks. values: float64 [n, D] of each row of the block table."""
+
+    view: IndexerView | KVView
+    values: list[np.ndarray]
+
+
+def make_cache(
+    entries: Sequence[np.ndarray],
+    format: str,
+    *,
+    entries_per_block: int = 64,
+    padding: int = 0,
+    rows: Sequence[int] | None = None,
+    global_scale: float = 1.0,
+    edit: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
+    kind: type = IndexerView,
+    seed: int = 0,
+) -> Cache:
+    """Write sequences of entries [n, D] into blocks in random order; every byte that means nothing is POISON.
+
+    Args:
+        padding: extra bytes between blocks.
+        rows: which sequence each row of the block table shows (rows may share); default one row each.
+        edit: called with (sequence, data rows, scale rows) before they are written, to plant codes by hand.
+    """
+    dim = entries[0].shape[1]
+    data_bytes, scale_bytes = ROW_BYTES[format, dim]
+    payload = entries_per_block * (data_bytes + scale_bytes)
+    stride = -(-payload // 16) * 16 + padding
+    blocks = [-(-len(e) // entries_per_block) for e in entries]
+    order = np.random.default_rng(seed).permutation(sum(blocks) + 3)
+    storage = np.full((len(order), stride), POISON, np.uint8)
+    tables, values, first = [], [], 0
+    for seq, (x, count) in enumerate(zip(entries, blocks, strict=True)):
+        data, scale = encode_rows(x, format, global_scale=global_scale)
+        if edit is not None:
+            edit(seq, data, scale)
+        tables.append(order[first : first + count])
+        first += count
+        for i in range(len(x)):
+            block, row = divmod(i, entries_per_block)
+            write_row(storage[tables[-1][block]], row, entries_per_block, data[i], scale[i])
+        values.append(decode_rows(data, scale, format, global_scale=global_scale))
+    rows = range(len(entries)) if rows is None else rows
+    block_table = np.full((len(rows), max(blocks, default=0) + 2), INT_MAX, np.int32)
+    block_table[:, 1::2] = -1
+    for row, seq in enumerate(rows):
+        block_table[row, : blocks[seq]] = tables[seq]
+    schema = CacheSchema(format, entries_per_block, block_stride=stride, head_dim=dim)
+    view = kind(torch.from_numpy(storage), schema, torch.from_numpy(block_table), global_scale)
+    return Cache(view, [values[seq] for seq in rows])
+
+
+def make_query(q: np.ndarray, format: str) -> tuple[QuantizedQuery | torch.Tensor, np.ndarray]:
+    """fp32 q [T, H, D] in `format` ("fp32" and "bf16" are plain tensors), and its float64 values."""
+    data, scale = encode_rows(q, format)
+    values = decode_rows(data, scale, format)
+    data, scale = torch.from_numpy(data), torch.from_numpy(scale)
+    if format in ("fp32", "bf16"):
+        return data.view(torch.float32 if format == "fp32" else torch.bfloat16), values
+    if format == "fp8":
+        return QuantizedQuery(format, data.view(torch.float8_e4m3fn), scale.view(torch.float32).squeeze(-1)), values
+    return QuantizedQuery(format, data, scale), values
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Arguments of `score_topk`, and q in float64."""
+
+    q: QuantizedQuery | torch.Tensor
+    q_values: np.ndarray
+    weights: torch.Tensor
+    cache: Cache
+    valid_lens: torch.Tensor
+    seq_ids: torch.Tensor
+
+    def call(self, function: Callable, **options: object) -> object:
+        return function(
+            self.q, self.weights, self.cache.view, valid_lens=self.valid_lens, seq_ids=self.seq_ids, **options
+        )
+
+    def take(self, rows: Sequence[int]) -> "Problem":
+        """The same queries in another order, or some of them."""
+        q, rows = self.q, list(rows)
+        if isinstance(q, QuantizedQuery):
+            q = replace(q, data=q.data[rows], scale=None if q.scale is None else q.scale[rows])
+        else:
+            q = q[rows]
+        parts = (self.q_values[rows], self.weights[rows], self.cache, self.valid_lens[rows], self.seq_ids[rows])
+        return Problem(q, *parts)
+
+    def exact_row(self, t: int) -> np.ndarray:
+        """float64 scores of query t."""
+        keys = self.cache.values[int(self.seq_ids[t])][: int(self.valid_lens[t])]
+        with np.errstate(invalid="ignore", over="ignore"):
+            return self.weights[t].double().numpy() @ np.maximum(self.q_values[t] @ keys.T, 0)
+
+
+def make_problem(
+    lens: Sequence[int],
+    *,
+    format: str = "mxfp4",
+    query_format: str | None = None,
+    num_heads: int = 8,
+    head_dim: int = 64,
+    valid_lens: Sequence[int] | None = None,
+    seq_ids: Sequence[int] | None = None,
+    exact: bool = False,
+    seed: int = 0,
+    **cache_options: object,
+) -> Problem:
+    """Random keys in sequences of `lens` entries and one query per `valid_lens`.
+
+    exact: draw numbers that every format holds and whose scores need no rounding in fp32, so that every
+    implementation must give the bits of the float64 score. There are many ties.
+    """
+    rng = np.random.default_rng(seed)
+    draw = _exact_numbers if exact else _spread_numbers
+    valid_lens = list(lens) if valid_lens is None else list(valid_lens)
+    seq_ids = range(len(valid_lens)) if seq_ids is None else seq_ids
+    cache = make_cache([draw(rng, (n, head_dim)) for n in lens], format, seed=seed, **cache_options)
+    q, q_values = make_query(draw(rng, (len(valid_lens), num_heads, head_dim)), query_format or format)
+    weights = rng.integers(-8, 9, (len(valid_lens), num_heads)) / 4 if exact else rng.normal(size=q_values.shape[:2])
+    problem = Problem(
+        q,
+        q_values,
+        torch.from_numpy(weights.astype(np.float32)),
+        cache,
+        torch.tensor(valid_lens, dtype=torch.int32),
+        torch.tensor(list(seq_ids), dtype=torch.int32),
+    )
+    if exact:
+        for t in range(len(valid_lens)):
+            assert _largest_sum(problem, t) * 64 < 2**24, "the numbers are multiples of 1/64 and must sum exactly"
+    return problem
+
+
+def problem_with_scores(scores: Sequence[np.ndarray], format: str = "fp32", **cache_options: object) -> Problem:
+    """One query per row whose scores are (for finite normal numbers: exactly) the given ones.
+
+    Key s is (score, 0, ...) and half of the heads see it as it is, half negated: ReLU cannot hide a sign.
+    """
+    keys = [np.zeros((len(row), 64), np.float32) for row in scores]
+    for key, row in zip(keys, scores, strict=True):
+        key[:, 0] = row
+    q = np.zeros((len(scores), 8, 64), np.float32)
+    q[:, :4, 0], q[:, 4:, 0] = 1, -1
+    weights = torch.tensor([0.25] * 4 + [-0.25] * 4).repeat(len(scores), 1)
+    lens = torch.tensor([len(row) for row in scores], dtype=torch.int32)
+    seq_ids = torch.arange(len(scores), dtype=torch.int32)
+    return Problem(*make_query(q, "fp32"), weights, make_cache(keys, format, **cache_options), lens, seq_ids)
+
+
+def _exact_numbers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    x = rng.choice([-3, -2, -1.5, -1, -0.5, 0, 0, 0.5, 1, 1.5, 2, 3], size=shape)
+    x[..., ::16] = 3  # the largest of each group makes every format's scale a power of two
+    return (x * 2.0 ** rng.integers(-1, 2, (*shape[:-1], 1))).astype(np.float32)
+
+
+def _spread_numbers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Gaussian, each entry with its own magnitude, some entries with very unequal scale groups."""
+    magnitude = 2.0 ** rng.integers(-3, 4, (*shape[:-1], 1))
+    tilt = np.where(rng.random((*shape[:-1], 1)) < 0.2, 2.0 ** np.linspace(0, -12, shape[-1]), 1.0)
+    return (rng.normal(size=shape) * magnitude * tilt).astype(np.float32)
+
+
+def _largest_sum(problem: Problem, t: int) -> float:
+    keys = problem.cache.values[int(problem.seq_ids[t])][: int(problem.valid_lens[t])]
+    dots = np.abs(problem.weights[t].numpy()) @ np.maximum(problem.q_values[t] @ keys.T, 0)
+    return float(dots.max(initial=0))
+
+
+# --- checks ---------------------------------------------------------------------------------------------------
+
+
+def assert_same_bits(got: np.ndarray | torch.Tensor, want: np.ndarray | torch.Tensor, what: str) -> None:
+    """Equal in dtype, shape and every bit, or AssertionError naming the first place where not."""
+    got, want = (x.detach().contiguous().numpy() if isinstance(x, torch.Tensor) else x for x in (got, want))
+    assert (got.dtype, got.shape) == (want.dtype, want.shape), f"{what}: {got.dtype}{got.shape}"
+    integers = np.dtype(f"i{got.dtype.itemsize}")
+    bad = np.argwhere(np.ascontiguousarray(got).view(integers) != np.ascontiguousarray(want).view(integers))
+    if len(bad):
+        place = tuple(bad[0].tolist())
+        raise AssertionError(f"{what}: {len(bad)} differ, first at {place}: got {got[place]!r}, want {want[place]!r}")
+
+
+def expected_topk(scores: np.ndarray, top_k: int, order: str) -> tuple[np.ndarray, np.ndarray]:
+    """What `score_topk` promises for one row of fp32 scores: indices int32 [k] and scores fp32 [k]."""
+    nan = np.isnan(scores)
+    best = np.lexsort((-np.where(nan, 0, scores), nan))[:top_k].astype(np.int32)  # stable: ties to the smaller index
+    if order == "index":
+        best = np.sort(best)
+    indices, kept = np.full(top_k, -1, np.int32), np.full(top_k, -np.inf, np.float32)
+    indices[: len(best)] = best
+    kept[: len(best)] = np.where(nan[best], -np.inf, scores[best])
+    return indices, kept
+
+
+def slots_of(view: IndexerView | KVView, seq_id: int, indices: np.ndarray) -> np.ndarray:
+    """int32 slots of entry indices, -1 kept."""
+    per_block = view.schema.entries_per_block
+    table = view.block_table[seq_id].numpy()
+    safe = np.maximum(indices, 0)
+    return np.where(indices < 0, -1, table[safe // per_block] * per_block + safe % per_block).astype(np.int32)
+
+
+def check_topk(
+    score_topk: Callable,
+    problem: Problem,
+    top_k: int,
+    *,
+    order: str = "index",
+    output: str = "entry",
+    dense: torch.Tensor | None = None,
+    **options: object,
+) -> None:
+    """`score_topk` gives the stable sort of each row of `dense`, cut at k, bit for bit.
+
+    Without `dense` the scores are those of float64, so the problem must be exact in fp32.
+    """
+    result = problem.call(score_topk, top_k=top_k, order=order, output=output, return_scores=True, **options)
+    indices, scores = (x.numpy() for x in result)
+    assert indices.shape == scores.shape == (len(problem.weights), top_k), indices.shape
+    for t, length in enumerate(problem.valid_lens.tolist()):
+        row = problem.exact_row(t).astype(np.float32) if dense is None else dense[t, :length].numpy()
+        want_indices, want_scores = expected_topk(row + np.float32(0), top_k, order)
+        if output == "slot":
+            want_indices = slots_of(problem.cache.view, int(problem.seq_ids[t]), want_indices)
+        what = f"query {t} of length {length}, k {top_k}, order {order}"
+        assert_same_bits(indices[t], want_indices, f"{output} indices of {what}")
+        assert_same_bits(scores[t], want_scores, f"scores of {what}")
+
+
+# name -> (problem, top_k, order, output). Exact problems: float64 says what every bit must be.
+TOPK_CASES: dict[str, tuple[Callable[[], Problem], int, str, str]] = {
+    f"{format}-h{heads}-d{dim}-block{block}-k{k}-{order}-{output}": (
+        lambda format=format, heads=heads, dim=dim, block=block: make_problem(
+            [150, 97],
+            format=format,
+            num_heads=heads,
+            head_dim=dim,
+            entries_per_block=block,
+            valid_lens=[97, 150, 3, 64, 65, 0],
+            seq_ids=[1, 0, 0, 0, 1, 0],
+            exact=True,
+            padding=48,
+        ),
+        k,
+        order,
+        output,
+    )
+    for format, heads, dim, block, k, order, output in (
+        ("mxfp4", 64, 128, 64, 40, "index", "entry"),
+        ("mxfp4", 8, 64, 48, 40, "score", "slot"),
+        ("nvfp4", 8, 128, 16, 5, "score", "entry"),
+        ("fp8", 16, 128, 64, 96, "index", "slot"),
+        ("bf16", 8, 64, 256, 65, "score", "entry"),
+        ("fp32", 8, 64, 32, 200, "index", "entry"),
+    )
+}
+TOPK_CASES |= {
+    "equal-scores": (lambda: problem_with_scores([np.ones(100)]), 7, "index", "entry"),
+    "zero-plateau-around-k": (
+        lambda: problem_with_scores([np.array([-1.0, 0, 3, 0, 0, -2, 0, 5, 0] * 9)]),
+        30,
+        "score",
+        "entry",
+    ),
+    "best-entries-in-the-last-partial-block": (lambda: problem_with_scores([np.arange(70.0)]), 4, "index", "entry"),
+    "negative-scores": (lambda: problem_with_scores([-np.arange(70.0)]), 4, "score", "entry"),
+    "nan-last": (lambda: problem_with_scores([np.array([1, np.nan, -np.inf, 2, np.nan])]), 4, "score", "entry"),
+    "fewer-entries-than-k": (lambda: problem_with_scores([np.arange(5.0), np.zeros(0)]), 9, "index", "entry"),
+    "next-entry-is-better": (
+        lambda: replace(problem_with_scores([np.arange(70.0)]), valid_lens=torch.tensor([66], dtype=torch.int32)),
+        3,
+        "index",
+        "entry",
+    ),
+}
+
+# (compress_ratio, position) -> entries that a query at that position sees
+VISIBLE = {(4, t): n for t, n in ((0, 0), (2, 0), (3, 1), (6, 1), (7, 2), (2047, 512), (2051, 513), (4099, 1025))}
+VISIBLE |= {(128, 126): 0, (128, 127): 1, (128, 254): 1, (128, 255): 2, (4, -1): 0, (4, 2**20 - 1): 2**18}
+
+
+def check_visible(visible_entries: Callable, compress_ratio: int) -> None:
+    """Golden visibility numbers."""
+    golden = {t: n for (ratio, t), n in VISIBLE.items() if ratio == compress_ratio}
+    got = visible_entries(torch.tensor(list(golden)), compress_ratio)
+    want = torch.tensor(list(golden.values()), dtype=torch.int32)
+    assert_same_bits(got, want, f"entries visible from {list(golden)}")
+
+
+# (format, head_dim, entries_per_block, padding)
+APPEND_CASES = [
+    (format, dim, block, padding)
+    for format, dim in (("mxfp4", 128), ("mxfp4", 64), ("nvfp4", 128), ("nvfp4", 64), ("fp8", 128), ("bf16", 128))
+    for block, padding in ((16, 0), (48, 16), (64, 256), (256, 0))
+] + [
+    (format, 512, block, padding)
+    for format in ("fp8_ds_mla", "bf16")
+    for block, padding in ((2, 0), (53, 8 if format == "fp8_ds_mla" else 16), (64, 64))
+]
+
+
+def check_append(append_entries: Callable, case: tuple[str, int, int, int], **options: object) -> None:
+    """The intended rows hold the independent writer's bytes, and no other byte changed."""
+    format, dim, entries_per_block, padding = case
+    rng = np.random.default_rng(0)
+    num_blocks, count = 4, entries_per_block + 5
+    stride = entries_per_block * sum(ROW_BYTES[format, dim]) + padding
+    before = rng.integers(0, 256, (num_blocks, stride), np.uint8)
+    slots = rng.permutation(num_blocks * entries_per_block)[:count]
+    slots[::7] = -1
+    x = _spread_numbers(rng, (len(slots), dim))
+    x[::11, :40] = 0
+    view = (KVView if dim == 512 else IndexerView)(
+        torch.from_numpy(before.copy()),
+        CacheSchema(format, entries_per_block, block_stride=stride, head_dim=dim),
+        torch.zeros(1, 1, dtype=torch.int32),
+        0.75 if format == "nvfp4" else 1.0,
+    )
+    want = before.copy()
+    data, scale = encode_rows(
+        x, format, rounding=options.get("rounding", "nearest_even"), global_scale=view.global_scale
+    )
+    for i, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            write_row(want[slot // entries_per_block], slot % entries_per_block, entries_per_block, data[i], scale[i])
+    append_entries(torch.from_numpy(x), view, torch.from_numpy(slots), **options)
+    whole = view.storage.as_strided((num_blocks, stride), (stride, 1), 0)
+    assert_same_bits(whole, want, f"bytes [block, offset] of {case}")
