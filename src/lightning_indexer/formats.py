@@ -183,12 +183,15 @@ _E2M1_BOUNDS = {rounding: _tie_bounds(rounding) for rounding in ROUNDINGS}
 
 
 def e4m3_encode(x: Tensor) -> Tensor:
-    """float8_e4m3fn of x, round to nearest even, saturating at 448 (torch's own cast overflows to NaN)."""
+    """float8_e4m3fn of x, round to nearest even, saturating at 448."""
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def ue8m0_encode(scale: Tensor) -> Tensor:
-    """uint8 exponent byte of the smallest power of two >= scale (fp32, non-negative); NaN and inf give 255."""
+    """uint8 exponent byte of the smallest power of two >= scale (fp32, non-negative); NaN and inf give 255.
+
+    Zero gives byte 0 (2^-127); any other subnormal gives byte 1 (2^-126), as the official bit trick does.
+    """
     bits = scale.float().contiguous().view(torch.int32)
     byte = ((bits >> 23) & 0xFF) + ((bits & 0x7FFFFF) != 0)
     return torch.where(torch.isfinite(scale), byte, UE8M0_NAN).to(torch.uint8)

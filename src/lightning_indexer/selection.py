@@ -36,9 +36,7 @@ def key_scores(keys: Tensor) -> Tensor:
 
 def order_by_index(keys: Tensor) -> Tensor:
     """Sort keys [T, k] by ascending entry index, EMPTY last."""
-    indices = _INDEX_MASK - (keys & _INDEX_MASK)
-    indices.masked_fill_(keys == EMPTY, _INDEX_MASK + 1)
-    return keys.gather(1, indices.argsort(dim=1))
+    return keys.gather(1, (keys & _INDEX_MASK).argsort(dim=1, descending=True))  # EMPTY's index bits are all zero
 
 
 def _flip_negative(bits: Tensor) -> Tensor:

@@ -118,4 +118,4 @@ class Report:
         """One JSON object; sizes in bytes, times in seconds."""
         data = dataclasses.asdict(self)
         data["agreement"]["fraction"] = self.agreement.agreeing / self.agreement.choices
-        return json.dumps(data, indent=2, ensure_ascii=False)
+        return json.dumps(data, indent=2)

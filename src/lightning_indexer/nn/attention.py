@@ -18,7 +18,7 @@ from lightning_indexer.ops.attention import sparse_attention
 from lightning_indexer.ops.gather_kv import gather_kv
 from lightning_indexer.rotary import apply_rope
 
-_ROWS_PER_TILE = 32_768  # KV rows gathered at a time, over all tokens of a tile: 64 MiB in fp32 at 512 dims
+_ROWS_PER_TILE = 8_192  # KV rows gathered at a time, over all tokens of a tile: 16 MiB in fp32 at 512 dims
 
 
 class AttentionSubBlock(LoadedModule):

@@ -47,15 +47,20 @@ def sparse_attention(
     check_tensor(op, "valid", valid, dtype=torch.bool, shape=(num_tokens, rows), device=q.device)
     if sink is not None:
         check_tensor(op, "sink", sink, dtype=torch.float32, shape=(num_heads,), device=q.device)
-    kv = torch.cat([kv_selected.float(), kv_window.float()], dim=1)
+    kv = torch.empty(num_tokens, rows, dim, dtype=torch.float32, device=q.device)
+    kv[:, : kv_selected.shape[1]] = kv_selected
+    kv[:, kv_selected.shape[1] :] = kv_window
     if impl == "reference":
         out, lse = reference.sparse_attention(q, kv, valid=valid, sink=sink, softmax_scale=softmax_scale)
         return out.to(q.dtype), lse
-    kv.masked_fill_(~valid.unsqueeze(-1), 0.0)  # 0 * NaN would leak into the value product
-    logits = torch.bmm(q.float(), kv.transpose(1, 2)).mul_(softmax_scale)  # [T, H, K + W]
-    logits.masked_fill_(~valid.unsqueeze(1), -torch.inf)
+    some_invalid = not bool(valid.all())
+    if some_invalid:
+        kv.masked_fill_(~valid.unsqueeze(-1), 0.0)  # 0 * NaN would leak into the value product
+    logits = torch.bmm(q.float() * softmax_scale, kv.transpose(1, 2))  # [T, H, K + W]
+    if some_invalid:
+        logits.masked_fill_(~valid.unsqueeze(1), -torch.inf)
     lse = torch.logsumexp(logits, dim=-1)
     total = lse if sink is None else torch.logaddexp(lse, sink)
-    probabilities = torch.exp(logits - total.unsqueeze(-1))
+    probabilities = logits.sub_(total.unsqueeze(-1)).exp_()
     probabilities.masked_fill_(~valid.any(1).view(-1, 1, 1), 0.0)  # no valid row: -inf - -inf is NaN
     return torch.bmm(probabilities, kv).to(q.dtype), lse
