@@ -16,11 +16,18 @@ _NAN = _NEGATIVE_INF - 1
 
 
 def candidate_keys(scores: Tensor, indices: Tensor) -> Tensor:
-    """int64 keys of fp32 `scores` and the entries' `indices` (0 .. 2^32 - 1), broadcast together."""
-    bits = (scores + 0.0).view(torch.int32)  # -0 + 0 is +0
-    rank = _flip_negative(bits).clamp_min_(_NAN)
-    rank.masked_fill_(rank > _POSITIVE_INF, _NAN)
-    return rank.to(torch.int64).bitwise_left_shift_(32).add_(_INDEX_MASK - indices)
+    """int64 keys of fp32 `scores` and the entries' `indices` (0 .. 2^32 - 1), both [..., n]."""
+    scores = scores + 0.0  # -0 + 0 is +0
+    keys = torch.empty(scores.shape, dtype=torch.int64, device=scores.device)
+    return fill_keys(scores.view(torch.int32), indices, torch.empty_like(scores, dtype=torch.int32), keys)
+
+
+def fill_keys(bits: Tensor, indices: Tensor, rank: Tensor, keys: Tensor) -> Tensor:
+    """`candidate_keys` into int64 `keys`, from the bits of scores without -0, with an int32 buffer for the ranks."""
+    torch.bitwise_right_shift(bits, 31, out=rank)
+    rank.bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # as `_flip_negative`
+    rank.clamp_min_(_NAN).masked_fill_(rank > _POSITIVE_INF, _NAN)
+    return keys.copy_(rank).bitwise_left_shift_(32).add_(_INDEX_MASK - indices)
 
 
 def key_indices(keys: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ from torch import Tensor
 from lightning_indexer.cache.view import IndexerView
 from lightning_indexer.cpu.operands import Operand, fold_weights, key_operand, query_operand
 from lightning_indexer.query import QuantizedQuery
-from lightning_indexer.selection import EMPTY, candidate_keys, key_indices, key_scores, order_by_index
+from lightning_indexer.selection import EMPTY, fill_keys, key_indices, key_scores, order_by_index
 
 ENTRIES_PER_TILE = 2048
 ENTRIES_PER_CHUNK = 4 * ENTRIES_PER_TILE
-QUERIES_PER_PASS = 128
+QUERIES_PER_PASS = 64
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Scratch:
     dots: Tensor  # fp32 [tile, H]
     integer_dots: Tensor  # int32 [tile, H]
     scores: Tensor  # fp32 [Q, chunk]
+    wide_scores: Tensor  # fp64 [Q, tile]
+    ranks: Tensor  # int32 [Q, chunk]
     candidates: Tensor  # int64 [Q, k + chunk]
 
     @staticmethod
@@ -61,6 +63,8 @@ class Scratch:
             "dots": (torch.float32, (tile, num_heads)),
             "integer_dots": (torch.int32, (tile, num_heads)),
             "scores": (torch.float32, (rows, chunk)),
+            "wide_scores": (torch.float64, (rows, tile)),
+            "ranks": (torch.int32, (rows, chunk)),
             "candidates": (torch.int64, (rows, top_k + chunk)),
         }
 
@@ -131,7 +135,7 @@ def best_keys(group: QueryPass, view: IndexerView, top_k: int, scratch: Scratch)
         stop = start + scores.shape[1]
         indices = torch.arange(start, stop)
         fresh = candidates[:, top_k : top_k + stop - start]
-        fresh.copy_(candidate_keys(scores, indices))
+        fill_keys(scores.view(torch.int32), indices, scratch.ranks[: len(group.lens), : stop - start], fresh)
         if min(group.lens) < stop:
             fresh.masked_fill_(indices >= lens, EMPTY)
         candidates[:, :top_k] = candidates[:, : top_k + stop - start].topk(top_k, dim=1, sorted=False).values
@@ -146,7 +150,7 @@ def score_chunk(group: QueryPass, view: IndexerView, start: int, scratch: Scratc
         keys = key_operand(view, group.seq_id, first, last)
         scores = scratch.scores[: len(group.lens), first - start : first - start + ENTRIES_PER_TILE]
         _score_tile(group, keys, first, scores, scratch)
-        _apply_scales(scores[:, : last - first], group.factor, keys.scale)
+        _apply_scales(scores[:, : last - first], group.factor, keys.scale, scratch)
     return scratch.scores[: len(group.lens), : stop - start].add_(0.0)  # -0 + 0 is +0
 
 
@@ -190,14 +194,16 @@ def _score_tile(group: QueryPass, keys: Operand, first: int, scores: Tensor, scr
         torch.mm(scratch.dots, group.weights[row].unsqueeze(1), out=scores[row].unsqueeze(1))
 
 
-def _apply_scales(scores: Tensor, query_factor: Tensor | None, key_scale: Tensor | None) -> None:
+def _apply_scales(scores: Tensor, query_factor: Tensor | None, key_scale: Tensor | None, scratch: Scratch) -> None:
     """Multiply scores [Q, n] by both scales at once: in fp64, since either alone may leave fp32's range."""
-    if query_factor is not None and key_scale is not None:
-        scores.copy_(scores.double() * query_factor.unsqueeze(1) * key_scale)
-    elif query_factor is not None:
-        scores.copy_(scores.double() * query_factor.unsqueeze(1))
-    elif key_scale is not None:
-        scores.copy_(scores.double() * key_scale)
+    if query_factor is None and key_scale is None:
+        return
+    wide = scratch.wide_scores[: scores.shape[0], : scores.shape[1]].copy_(scores)
+    if query_factor is not None:
+        wide.mul_(query_factor.unsqueeze(1))
+    if key_scale is not None:
+        wide.mul_(key_scale)
+    scores.copy_(wide)
 
 
 def _rows(q: Tensor | QuantizedQuery, rows: slice) -> Tensor | QuantizedQuery:

@@ -187,7 +187,7 @@ def score_topk(
 def score_topk_workspace_bytes(*, num_heads: int, head_dim: int, top_k: int) -> int:
     """Bytes of working memory that `score_topk` uses: no more for a longer context or more queries.
 
-    Operators of torch itself need a little more for a moment (a few MiB, equally bounded).
+    Operators of torch itself hold up to about 20 MiB beside it for a moment, equally bounded.
     """
     from lightning_indexer.cpu.score_topk import Scratch
 
