@@ -3,8 +3,8 @@
 # make check   lint, types, import graph
 # make bench   time score_topk on this machine; writes bench-output/
 #
-# Each makes .venv on first use. A CPU build of torch is installed, unless PYTHON names an interpreter that already has
-# torch (a GPU machine's, say): then that one is used, `make demo PYTHON=/path/to/python`.
+# Each makes .venv on first use, with the torch that constraints.txt pins (a CPU build will do), unless PYTHON names an
+# interpreter that already has torch: then that one is used, `make demo PYTHON=/path/to/python`.
 
 PYTHON ?= python3
 VENV := .venv
@@ -47,5 +47,5 @@ $(VENV)/.run: $(VENV)/bin/python $(SOURCES)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python $(SOURCES)
-	$(INSTALL) -e ".[plots,test,dev]"
+	$(INSTALL) -e ".[plots,test,dev,cuda13]"
 	touch $@

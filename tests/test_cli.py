@@ -127,7 +127,7 @@ def test_seed_decides_the_whole_selection() -> None:
         (["--tokens", "1000"], "--tokens must lie in 1024..1048576, got 1000"),
         (["--top-k", "0"], "--top-k must lie in 1..4096, got 0"),
         (["--seed", "-1"], "--seed must lie in 0..4294967295, got -1"),
-        (["--device", "cuda"], "--device cuda: this version has no CUDA kernels (use --device cpu)"),
+        (["--device", "cuda"], "--device cuda: scoring has no CUDA kernel yet (use --device cpu)"),
         (["--device", "tpu"], "--device must be auto or cpu, got 'tpu'"),
         (["--output", "empty.txt"], "empty.txt: File exists"),
     ],
@@ -173,7 +173,7 @@ def test_a_query_for_another_sentence_ranks_it_badly(monkeypatch: pytest.MonkeyP
 def test_doctor_is_content() -> None:
     result = run("doctor")
     assert result.exit_code == 0, result.output
-    assert "256 of 256 choices" in result.stdout and "CUDA kernels are not part of this version" in result.stdout
+    assert "256 of 256 choices" in result.stdout and "no CUDA kernel yet" in result.stdout
 
 
 def test_doctor_fails_where_the_selection_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -331,3 +331,13 @@ def test_default_dtype_at_import_does_not_move_the_midpoints():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[1, 3, 5]", done.stdout
+
+
+@pytest.mark.parametrize(("format", "dim"), STORED)
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)], ids=str)
+def test_no_entries(format, dim, shape):
+    data, scale = quantize(torch.randn(*shape, dim), format)
+    assert data.shape[:-1] == scale.shape[:-1] == torch.Size(shape)
+    one = quantize(torch.randn(1, dim), format)
+    assert (data.shape[-1], scale.shape[-1]) == (one[0].shape[-1], one[1].shape[-1])
+    assert dequantize(data, scale, format).shape == (*shape, dim)

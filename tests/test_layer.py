@@ -111,6 +111,38 @@ def test_default_formats_stay_near_the_exact_route(layer, dtype):
     assert 1e-4 < error < 0.05, f"relative difference {error:.3f}: E4M3 has steps of 1/16, bf16 of 1/256"
 
 
+@pytest.mark.parametrize("index_format", INDEX_FORMATS)
+@pytest.mark.parametrize("kv_format", ["fp8_ds_mla", "bf16", "fp32"])
+def test_chunks_do_not_matter_in_any_format(index_format, kv_format):
+    """Prefill, chunks that align with nothing, and single tokens (most of which complete no entry)."""
+    config = tiny_config(csa_top_k=1024)  # a near-tie in a choice of few may fall either way by a rounding
+    block, x = make_block(config, CSA), torch.randn(23, 64)
+    outputs = []
+    for sizes in ([23], [5, 1, 9, 2, 6], [1] * 23):
+        cache = make_cache(config, CSA, index_format=index_format, kv_format=kv_format)
+        parts = []
+        for part in x.split(sizes):
+            cache.begin_step([0], [len(part)])
+            parts.append(block(part, cache))
+        outputs.append(torch.cat(parts))
+    for other in outputs[1:]:
+        error = (other - outputs[0]).norm() / outputs[0].norm()
+        assert error < 1e-3, f"relative difference {error:.1e}: a code of the KV cache may fall either way"
+
+
+def test_a_cache_of_another_model_is_refused():
+    config = tiny_config()
+    block, x = make_block(config, CSA), torch.randn(2, 64)
+    other = exact(tiny_config(csa_top_k=8), CSA)
+    other.begin_step([0], [2])
+    with pytest.raises(ValueError, match="cache must have this layer's config"):
+        block(x, other)
+    cache = exact(config, CSA)
+    cache.begin_step([0], [2])
+    with pytest.raises(TypeError, match="x must have the cache's dtype torch.float32, got torch.bfloat16"):
+        block(x.bfloat16(), cache)
+
+
 # --- compressor -----------------------------------------------------------------------------------------------
 
 
@@ -277,13 +309,22 @@ def test_linear_without_weights_raises(linear):
 
 
 @pytest.mark.parametrize("missing", ["wo_b.weight", "attn_sink", "compressor.ape", "indexer.weights_proj.weight"])
-def test_loading_names_a_missing_tensor(missing):
+def test_loading_names_a_missing_tensor_and_loads_nothing(missing):
     config = tiny_config()
     weights = random_weights(config, CSA)
     del weights[missing]
     block = AttentionSubBlock(config, CSA)
-    with pytest.raises(KeyError, match=f"{missing.split('.')[-1]} is missing"):
+    name = missing.removeprefix("indexer.").removeprefix("compressor.")
+    with pytest.raises(KeyError, match=f"{name} is missing"):
         block.load_weights(weights)
+    assert not list(block.buffers()), "nothing is loaded by a call that fails"
+
+
+def test_loading_names_a_linear_of_wrong_shape():
+    config = tiny_config()
+    weights = {**random_weights(config, CSA), "wo_b.weight": torch.zeros(64, 3)}
+    with pytest.raises(ValueError, match=r"wo_b: Linear: weight must have shape \[64, 16\], got \[64, 3\]"):
+        AttentionSubBlock(config, CSA).load_weights(weights)
 
 
 def test_loading_names_a_wrong_shape():

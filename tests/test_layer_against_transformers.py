@@ -239,6 +239,7 @@ def window_one_short(monkeypatch):
 
     def wrong(self, config, *args, **kwargs):
         right(self, replace(config, sliding_window=config.sliding_window - 1), *args, **kwargs)
+        self.config = config
 
     monkeypatch.setattr(LayerCacheHandle, "__init__", wrong)
 

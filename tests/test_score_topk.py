@@ -5,6 +5,7 @@ random order, and table entries of INT_MAX and -1 behind the needed ones.
 """
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -31,14 +32,18 @@ from lightning_indexer import (
     IndexerView,
     KVView,
     QuantizedQuery,
+    append_entries,
     index_scores,
+    quantize_query,
+    reference,
     score_topk,
     score_topk_workspace_bytes,
 )
 from lightning_indexer.cpu import operands
+from lightning_indexer.cpu import score_topk as cpu
 
 INDEX_FORMATS = ["mxfp4", "nvfp4", "fp8", "bf16", "fp32"]
-TILE, CHUNK, PASS = 2048, 8192, 128  # of the streaming implementation: boundaries to stand on
+TILE, CHUNK, PASS = cpu.ENTRIES_PER_TILE, cpu.ENTRIES_PER_CHUNK, cpu.QUERIES_PER_PASS  # boundaries to stand on
 
 
 def dense(problem: Problem, **options: object) -> torch.Tensor:
@@ -432,22 +437,23 @@ def test_a_matmul_precision_is_put_back():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Bytes of the largest storage that any operator returned."""
+    """Bytes of the largest storage that any operator returned, not counting those that it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, *given: torch.Tensor) -> None:
         super().__init__()
         self.nbytes = 0
+        self.given = {tensor.untyped_storage().data_ptr() for tensor in given}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for out in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(out, torch.Tensor):
+            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in self.given:
                 self.nbytes = max(self.nbytes, out.untyped_storage().nbytes())
         return result
 
 
 def peak(length: int, num_queries: int, *, num_seqs: int = 1) -> int:
-    """Largest storage made by a call over zero keys, apart from the caller's own tensors."""
+    """Largest storage that a call over zero keys makes, with the outputs and the workspace given."""
     blocks = -(-length // 64)
     view = make_problem([10], head_dim=128).cache.view
     storage = torch.zeros(4, 64 * 68, dtype=torch.uint8)  # the sequence repeats four blocks: inputs stay small
@@ -456,16 +462,66 @@ def peak(length: int, num_queries: int, *, num_seqs: int = 1) -> int:
     lens = torch.full((num_queries,), length, dtype=torch.int32)
     options = {"valid_lens": lens, "seq_ids": torch.arange(num_queries, dtype=torch.int32) % num_seqs}
     out = torch.empty(num_queries, 16, dtype=torch.int32)
-    with LargestTensor() as largest:
-        score_topk(q, torch.zeros(num_queries, 8), view, top_k=16, out=out, **options)
+    weights, needed = torch.zeros(num_queries, 8), score_topk_workspace_bytes(num_heads=8, head_dim=128, top_k=16)
+    workspace = torch.empty(needed, dtype=torch.uint8)
+    tensors = (q, weights, view.storage, view.block_table, *options.values(), out, workspace)
+    with LargestTensor(*tensors) as largest:
+        score_topk(q, weights, view, top_k=16, out=out, workspace=workspace, **options)
     return largest.nbytes
 
 
 def test_memory_does_not_grow_with_context_or_queries():
-    workspace = score_topk_workspace_bytes(num_heads=8, head_dim=128, top_k=16)
-    assert peak(8 * 1024, 2) == peak(64 * 1024, 2) <= workspace
-    assert peak(4096, PASS) == peak(4096, 4 * PASS) <= workspace
-    assert peak(4096, 4, num_seqs=4) <= workspace
+    most = 2 * 2**20  # a tile of keys in fp32 is 1 MiB; a float32 score of every query and entry would be 32 MiB
+    assert peak(64 * 1024, 2 * PASS) <= most
+    assert peak(8 * 1024, 2) == peak(64 * 1024, 2) <= most
+    assert peak(4096, PASS) == peak(4096, 4 * PASS) <= most
+    assert peak(4096, 4, num_seqs=4) <= most
+
+
+def test_a_dense_score_matrix_would_be_noticed(monkeypatch):
+    right = cpu.score_topk
+
+    def wrong(q, weights, view, valid_lens, *args, **options):
+        torch.zeros(len(weights), int(valid_lens.max()))
+        right(q, weights, view, valid_lens, *args, **options)
+
+    monkeypatch.setattr(cpu, "score_topk", wrong)
+    with pytest.raises(AssertionError):
+        test_memory_does_not_grow_with_context_or_queries()
+
+
+@pytest.mark.parametrize(
+    ("head_scales", "weights", "key_scale"),
+    [((100, *[-60] * 7), (0.0, *[1.0] * 7), 0), ((0,) * 8, (1e36,) * 8, -30), ((-110,) * 8, (1.0,) * 8, 100)],
+    ids=["a-huge-head-of-no-weight", "huge-weights", "tiny-queries-and-huge-keys"],
+)
+def test_scales_leave_the_range_of_fp32_only_where_the_score_does(head_scales, weights, key_scale):
+    torch.manual_seed(3)
+    schema = CacheSchema("mxfp4", 16)
+    view = IndexerView(torch.zeros(2, schema.stride, dtype=torch.uint8), schema, torch.tensor([[1, 0]]).int())
+    append_entries(torch.randn(32, 128) * 2.0**key_scale, view, torch.arange(32))
+    factors = torch.tensor(head_scales, dtype=torch.float32).exp2().view(1, 8, 1)
+    q = quantize_query(torch.randn(1, 8, 128) * factors, "mxfp4")
+    options = {"valid_lens": torch.tensor([32], dtype=torch.int32), "seq_ids": torch.tensor([0])}
+    got = index_scores(q, torch.tensor([weights]), view, **options)
+    exact = reference.index_scores(q, torch.tensor([weights]), view, **options, max_len=32, dtype=torch.float64)
+    error = (got.double() - exact).norm() / exact.norm()
+    assert error <= 1e-5, f"relative error {error}: {got[0, :3].tolist()} for {exact[0, :3].tolist()}"
+
+
+def test_threads_give_the_callers_setting_back():
+    problem = make_problem([3000], valid_lens=[3000], seq_ids=[0])
+    want = dense(problem)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before = torch.backends.mkldnn.matmul.fp32_precision
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda _: dense(problem), range(24)))
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for got in results:
+        assert_same_bits(got, want, "scores in a thread")
 
 
 @pytest.mark.parametrize("num_heads", [8, 64, 128])
@@ -563,8 +619,8 @@ ERRORS = {
         ValueError,
         "block_table 1 rows 2 queries pass seq_ids",
     ),
-    "block-too-large": ({"view": _set_block(1, 99)}, ValueError, "block_table 0..5 99 at [0, 1]"),
-    "block-negative": ({"view": _set_block(0, -1)}, ValueError, "block_table 0..5 -1 at [0, 0]"),
+    "block-too-large": ({"view": _set_block(1, 99)}, ValueError, "block_table[0] 0..5 99 at [1]"),
+    "block-negative": ({"view": _set_block(0, -1)}, ValueError, "block_table[0] 0..5 -1 at [0]"),
     "no-blocks": (
         {"view": lambda v: IndexerView(v.storage[:0], v.schema, v.block_table.clamp(0, 0))},
         ValueError,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-IMPLS = ("auto", "reference", "cpu")
+IMPLS = ("auto", "reference", "cpu", "cuda")
 
 
 def check_tensor(
@@ -51,16 +51,19 @@ def check_choice(op: str, name: str, value: object, choices: Sequence[object]) -
         raise ValueError(f"{op}: {name} must be one of {tuple(choices)}, got {value!r}")
 
 
-def choose_impl(op: str, impl: str, device: torch.device) -> str:
-    """Resolve "auto" and refuse a device that no implementation here serves."""
+def choose_impl(op: str, impl: str, device: torch.device, *, has_cuda: bool = False) -> str:
+    """Resolve "auto" to what serves `device`, and refuse what does not; `has_cuda` says whether the op has a kernel."""
     check_choice(op, "impl", impl, IMPLS)
     if impl == "reference":
         return impl
-    if device.type != "cpu":
+    served = ("cpu", "cuda") if has_cuda else ("cpu",)
+    if device.type not in served or impl not in ("auto", device.type):
+        names = " or ".join(f"{name!r} ({name.upper()} tensors)" for name in served)
         raise NotImplementedError(
-            f"{op}: impl={impl!r} serves CPU tensors, got {device} (use impl='reference', or move the tensors)"
+            f"{op}: impl={impl!r} does not serve tensors on {device}; there are {names}, 'auto', which takes the one "
+            "that fits, and 'reference', which is slow and runs anywhere"
         )
-    return "cpu"
+    return device.type
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -31,7 +31,7 @@ def demo(
     format: Annotated[str, typer.Option(help=f"Index keys: {', '.join(FORMATS)}.")] = "mxfp4",
     tokens: Annotated[int, typer.Option(help="Length of the context.")] = 131_072,
     top_k: Annotated[int, typer.Option(help="Entries that each query chooses.")] = 512,
-    device: Annotated[str, typer.Option(help="auto or cpu (this version has no CUDA kernels).")] = "auto",
+    device: Annotated[str, typer.Option(help="auto or cpu (scoring has no CUDA kernel yet).")] = "auto",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout, and nothing else.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("demo-output"),

@@ -48,7 +48,10 @@ def describe_machine() -> list[tuple[str, str]]:
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("CPU", _describe_cpu()),
-        ("implementations", ", ".join(impl for impl in IMPLS if impl != "auto") + " (auto is cpu)"),
+        (
+            "implementations",
+            ", ".join(impl for impl in IMPLS if impl != "auto") + " (auto takes the one that fits the tensors)",
+        ),
         ("GPU", _describe_gpu()),
         ("pictures", _describe_matplotlib()),
     ]
@@ -79,7 +82,9 @@ def _describe_cpu() -> str:
 
 def _describe_gpu() -> str:
     found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that this torch can use"
-    return f"{found}; CUDA kernels are not part of this version, which runs on the CPU"
+    return (
+        f"{found}; append_entries and gather_kv have CUDA kernels, scoring has no CUDA kernel yet and runs on the CPU"
+    )
 
 
 def _describe_matplotlib() -> str:

@@ -57,14 +57,15 @@ def quantize(
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"quantize: rounding must be one of {ROUNDINGS}, got {rounding!r}")
-    if not x.is_floating_point():
-        raise TypeError(f"quantize: x must be floating point, got {x.dtype}")
-    if not global_scale > 0:
-        raise ValueError(f"quantize: global_scale must be positive, got {global_scale}")
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
+        came = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"quantize: x must be a floating point tensor [..., D], got {came}")
+    if not 0 < global_scale < float("inf"):
+        raise ValueError(f"quantize: global_scale must be positive and finite, got {global_scale}")
     check_entry_dim(format, x.shape[-1])
     if format in ("bf16", "fp32"):
         dtype = torch.bfloat16 if format == "bf16" else torch.float32
-        data = x.to(dtype).contiguous().view(torch.uint8)
+        data = _as_bytes(x.to(dtype))
         return data, data.new_empty((*x.shape[:-1], 0))
     x = x.float()
     if format == "mxfp4":
@@ -73,7 +74,7 @@ def quantize(
         return _quantize_nvfp4(x, rounding, global_scale)
     if format == "fp8":
         scale = ue8m0_decode(_fp8_scale_byte(x.abs().amax(-1, keepdim=True)))
-        return e4m3_encode(x / scale).view(torch.uint8), scale.view(torch.uint8)
+        return e4m3_encode(x / scale).view(torch.uint8), _as_bytes(scale)
     return _quantize_fp8_ds_mla(x)
 
 
@@ -230,7 +231,7 @@ def _quantize_fp8_ds_mla(x: Tensor) -> tuple[Tensor, Tensor]:
     groups = x[..., :MLA_FP8_DIMS].unflatten(-1, (-1, MLA_GROUP))
     byte = _fp8_scale_byte(groups.abs().amax(-1, keepdim=True))
     codes = e4m3_encode(groups / ue8m0_decode(byte)).flatten(-2).view(torch.uint8)
-    rope = x[..., MLA_FP8_DIMS:].to(torch.bfloat16).contiguous().view(torch.uint8)
+    rope = _as_bytes(x[..., MLA_FP8_DIMS:].to(torch.bfloat16))
     return torch.cat([codes, rope], dim=-1), torch.nn.functional.pad(byte.squeeze(-1), (0, 1))
 
 
@@ -245,8 +246,17 @@ def _scale_groups(codes: Tensor, scales: Tensor, group: int) -> Tensor:
 
 def _reinterpret(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes [..., n] as values [..., n / itemsize], from any strides and addresses."""
+    if rows.numel() == 0:  # torch gives empty tensors strides that it then refuses to view
+        return rows.new_empty((*rows.shape[:-1], rows.shape[-1] // dtype.itemsize), dtype=dtype)
     rows = rows.contiguous()
     return (rows.clone() if rows.storage_offset() % dtype.itemsize else rows).view(dtype)
+
+
+def _as_bytes(values: Tensor) -> Tensor:
+    """Values [..., n] as bytes [..., n * itemsize]."""
+    if values.numel() == 0:
+        return values.new_empty((*values.shape[:-1], values.shape[-1] * values.itemsize), dtype=torch.uint8)
+    return values.contiguous().view(torch.uint8)
 
 
 def _all_formats() -> tuple[str, ...]:

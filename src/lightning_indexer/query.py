@@ -31,6 +31,11 @@ class QuantizedQuery:
 
     def __post_init__(self) -> None:
         check_choice("QuantizedQuery", "format", self.format, QUERY_FORMATS)
+        if not 0 < self.global_scale < float("inf") or (self.global_scale != 1.0 and self.format != "nvfp4"):
+            raise ValueError(
+                f"QuantizedQuery: global_scale must be positive and finite, and 1.0 but for 'nvfp4', "
+                f"got {self.global_scale} for {self.format!r}"
+            )
         if self.format == "fp8":
             self._check_fp8()
         else:

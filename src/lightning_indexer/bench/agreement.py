@@ -37,17 +37,24 @@ class Agreement:
 
 
 def compare(
-    q: Tensor | QuantizedQuery, weights: Tensor, view: IndexerView, indices: Tensor, *, num_entries: int
+    q: Tensor | QuantizedQuery,
+    weights: Tensor,
+    view: IndexerView,
+    indices: Tensor,
+    *,
+    num_entries: int,
+    seq_id: int = 0,
 ) -> Agreement:
     """Compare selections with the float64 reference, one row at a time.
 
     Args:
-        q, weights: the queries [T, H, D] and fp32 [T, H] that were scored, all of sequence 0.
+        q, weights: the queries [T, H, D] and fp32 [T, H] that were scored, all of one sequence.
         indices: int [T, k] what was chosen, in any order, -1 where there were fewer.
         num_entries: entries that every query sees.
+        seq_id: the sequence.
     """
     values = q.dequantize() if isinstance(q, QuantizedQuery) else q
-    keys = reference.read_entries(view, 0, num_entries).double()
+    keys = reference.read_entries(view, seq_id, num_entries).double()
     per_query = min(indices.shape[1], num_entries)
     agreeing, identical, widest = 0, 0, 0.0
     for t, row in enumerate(indices):

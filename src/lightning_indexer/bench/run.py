@@ -66,7 +66,7 @@ def run_grid(cases: Sequence[Case], *, peers: Sequence[str] = (), repeats: int =
 
 
 def check(case: Case, operands: Operands) -> None:
-    """Compare a few rows with float64."""
+    """Compare a few rows of each sequence with float64."""
     indices = score_topk(
         operands.query,
         operands.weights,
@@ -75,11 +75,19 @@ def check(case: Case, operands: Operands) -> None:
         valid_lens=operands.valid_lens,
         seq_ids=operands.seq_ids,
     )
-    rows = slice(0, min(_CHECKED_ROWS, case.tokens))  # of the first sequence
-    agreement = compare(
-        operands.q[rows], operands.weights[rows], operands.view, indices[rows], num_entries=case.entries
-    )
-    assert agreement.complete, f"{case.name}: {agreement.agreeing} of {agreement.choices} choices agree with float64"
+    for seq_id in range(case.num_seqs):
+        first = seq_id * case.tokens
+        rows = slice(first, first + min(_CHECKED_ROWS, case.tokens))
+        agreement = compare(
+            operands.q[rows],
+            operands.weights[rows],
+            operands.view,
+            indices[rows],
+            num_entries=case.entries,
+            seq_id=seq_id,
+        )
+        right = f"{agreement.agreeing} of {agreement.choices} choices agree with float64"
+        assert agreement.complete, f"{case.name}, sequence {seq_id}: {right}"
 
 
 def _time(case: Case, operands: Operands, peers: Sequence[str], repeats: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_indexer.cache.pool import PagedPool
 from lightning_indexer.cache.schema import CacheSchema
 from lightning_indexer.cache.view import IndexerView, KVView
+from lightning_indexer.checks import check_choice
 from lightning_indexer.config import CSA_RATIO, DSV4Config
 from lightning_indexer.ops.append import append_entries
 
@@ -49,7 +50,7 @@ class TokenRing:
     """The last `size` tokens of each sequence: row `position % size`.
 
     A row is always written before it is read, because whoever reads masks negative positions; so nothing has to be
-    cleared when a sequence begins, and a replayed position overwrites itself.
+    cleared when a sequence begins. There is no way back: a token's row takes the place of one `size` tokens earlier.
     """
 
     def __init__(self, max_seqs: int, size: int, features: tuple[int, ...], *, dtype: torch.dtype, device: str) -> None:
@@ -89,6 +90,7 @@ class LayerCacheHandle:
         num_blocks: blocks in each pool.
         entries_per_block: of both pools.
         index_format, kv_format: see `formats`. "fp32" for both is the exact route for comparing with a model in fp32.
+        max_blocks_per_seq: columns of the block tables. Default: what the longest context needs, or all blocks.
         dtype: of the hidden states, and of the window.
     """
 
@@ -102,6 +104,7 @@ class LayerCacheHandle:
         entries_per_block: int = 64,
         index_format: str = "mxfp4",
         kv_format: str = "fp8_ds_mla",
+        max_blocks_per_seq: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: str = "cpu",
     ) -> None:
@@ -117,7 +120,9 @@ class LayerCacheHandle:
 
         def pool(format: str, head_dim: int) -> PagedPool:
             schema = CacheSchema(format, entries_per_block, head_dim=head_dim)
-            return PagedPool(schema, num_blocks, max_seqs=max_seqs, device=device)
+            most = -(-config.max_position_embeddings // (self.compress_ratio * entries_per_block))
+            columns = min(num_blocks, most) if max_blocks_per_seq is None else max_blocks_per_seq
+            return PagedPool(schema, num_blocks, max_seqs=max_seqs, max_blocks_per_seq=columns, device=device)
 
         def state(dim: int) -> TokenRing:
             windows = 2 if self.compress_ratio == CSA_RATIO else 1  # CSA's overlap: an entry pools two
@@ -182,6 +187,8 @@ class LayerCacheHandle:
     def begin_step(self, seq_ids: Sequence[int], num_tokens: Sequence[int]) -> Step:
         """Announce the next `num_tokens[i]` tokens of sequence `seq_ids[i]`; their rows come in this order.
 
+        The layer has to be run on them before the next step begins: nobody else fills the slots reserved here.
+
         Raises:
             OutOfBlocks: the entries that these tokens complete do not fit. Nothing was changed.
         """
@@ -206,6 +213,7 @@ class LayerCacheHandle:
     def append(self, entries: Tensor, kind: Literal["index", "kv"]) -> None:
         """Write the entries [E, D] that the step completed, in the step's order, into the index or the KV pool."""
         step = self.require_step()
+        check_choice("append", "kind", kind, ("index", "kv"))
         slots = self._index_slots if kind == "index" else self._kv_slots
         if slots is None:
             raise ValueError(f"LayerCacheHandle: layer {self.layer} is {self.kind} and has no {kind!r} pool")

@@ -64,7 +64,7 @@ class PagedPool:
         self._blocks[seq_id], self._lens[seq_id] = [], 0
         try:
             return self.extend([seq_id], [num_entries])
-        except (OutOfBlocks, ValueError):
+        except Exception:
             del self._blocks[seq_id], self._lens[seq_id]
             raise
 

@@ -46,8 +46,12 @@ class PagedView:
             shape=("num_seqs", "max_blocks"),
             device=self.storage.device,
         )
-        if not self.global_scale > 0:
-            raise ValueError(f"{name}: global_scale must be positive, got {self.global_scale}")
+        if not 0 < self.global_scale < float("inf"):
+            raise ValueError(f"{name}: global_scale must be positive and finite, got {self.global_scale}")
+        if self.global_scale != 1.0 and self.schema.format != "nvfp4":
+            raise ValueError(
+                f"{name}: only 'nvfp4' has a global_scale, got {self.global_scale} for {self.schema.format!r}"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -93,12 +97,10 @@ class PagedView:
         """Raise ValueError if a block that rows with these lengths (<= `max_entries`) need is not in the storage."""
         if self.max_entries == 0:
             return
-        longest = torch.zeros(self.num_seqs, dtype=torch.int64, device=self.device)
-        longest.scatter_reduce_(0, seq_ids.long(), lens.long(), "amax")
-        needed = -(-longest // self.schema.entries_per_block)
-        columns = torch.arange(self.block_table.shape[1], device=self.device)
-        used = torch.where(columns < needed.unsqueeze(-1), self.block_table, 0)
-        check_range(op, "block_table", used, 0, self.num_blocks - 1)
+        needed = -(-lens.long() // self.schema.entries_per_block)
+        for seq_id in seq_ids.unique().tolist():
+            count = int(needed[seq_ids == seq_id].max())
+            check_range(op, f"block_table[{seq_id}]", self.block_table[seq_id, :count], 0, self.num_blocks - 1)
 
     def _rows(self, offset: int, row_bytes: int) -> Tensor:
         shape = (self.num_blocks, self.schema.entries_per_block, row_bytes)
@@ -126,7 +128,9 @@ def _as_bytes(name: str, storage: Tensor, schema: CacheSchema) -> Tensor:
     """`storage` as uint8 [num_blocks, payload_bytes] over the same memory, after checking it against `schema`."""
     if not isinstance(storage, Tensor) or storage.dtype not in _BYTE_DTYPES:
         came = storage.dtype if isinstance(storage, Tensor) else type(storage).__name__
-        raise TypeError(f"{name}: storage must be uint8, int8 or float8_e4m3fn, got {came}")
+        raise TypeError(
+            f"{name}: storage must be uint8, int8 or float8_e4m3fn, got {came} (use storage.view(torch.uint8))"
+        )
     if storage.ndim < 2:
         raise ValueError(f"{name}: storage must have shape [num_blocks, ...], got {list(storage.shape)}")
     block_bytes = storage[0].numel() if storage.shape[0] else schema.stride

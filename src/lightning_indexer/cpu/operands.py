@@ -61,7 +61,7 @@ def key_operand(view: IndexerView, seq_id: int, start: int, stop: int) -> Operan
 
 
 def fold_weights(weights: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Move query scales [T, H] into weights [T, H], keeping a common power of two aside so that nothing overflows.
+    """Move query scales [T, H] into weights [T, H], keeping a power of two per row aside: the largest is then below 1.
 
     Returns:
         fp32 [T, H] weights and the fp64 [T] factor for the finished scores (None for all ones).
@@ -70,9 +70,10 @@ def fold_weights(weights: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor 
     folded = padded[:, : weights.shape[1]]  # every row begins at a multiple of 64 bytes: same address, same bits
     if scale is None:
         return folded.copy_(weights), None
-    largest = torch.where(torch.isfinite(scale), scale, 0.0).amax(-1)
+    product = weights.double() * scale
+    largest = torch.where(torch.isfinite(product), product.abs(), 0.0).amax(-1)
     common = torch.where(largest > 0, largest / torch.frexp(largest).mantissa, 1.0)
-    return folded.copy_(weights * (scale / common.unsqueeze(-1))), common
+    return folded.copy_(product / common.unsqueeze(-1)), common
 
 
 @lru_cache(maxsize=1)

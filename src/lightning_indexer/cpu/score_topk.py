@@ -157,7 +157,7 @@ def score_chunk(group: QueryPass, view: IndexerView, start: int, scratch: Scratc
 def query_passes(
     q: Tensor | QuantizedQuery, weights: Tensor, valid_lens: Tensor, seq_ids: Tensor
 ) -> Iterator[QueryPass]:
-    """Split the rows into passes: consecutive rows of the same sequence, skipping passes that see no entry."""
+    """Split the rows into passes: consecutive rows of the same sequence."""
     seqs, lens = seq_ids.tolist(), valid_lens.tolist()
     start = 0
     while start < len(seqs):

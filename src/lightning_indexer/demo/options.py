@@ -43,7 +43,7 @@ class Options:
         _check_range("--top-k", self.top_k, 1, MAX_TOP_K)
         _check_range("--seed", self.seed, 0, MAX_SEED)
         if self.device.startswith("cuda"):
-            raise DemoError(f"--device {self.device}: this version has no CUDA kernels (use --device cpu)")
+            raise DemoError(f"--device {self.device}: scoring has no CUDA kernel yet (use --device cpu)")
         if self.device not in ("auto", "cpu"):
             raise DemoError(f"--device must be auto or cpu, got {self.device!r}")
 

@@ -53,16 +53,18 @@ class AttentionSubBlock(LoadedModule):
             "kv_norm.weight": config.head_dim,
             "attn_sink": config.num_heads,
         }
-        loaded = {name: linear_for(strip(weights, f"{name}."), *size) for name, size in sizes.items()}
+        loaded = {name: linear_for(name, weights, *size) for name, size in sizes.items()}
         for name, size in norms.items():
             if name not in weights:
                 raise KeyError(f"AttentionSubBlock: {name} is missing, got {sorted(weights)}")
             dtypes = (torch.bfloat16, torch.float32, torch.float16)
             check_tensor("AttentionSubBlock", name, weights[name], dtype=dtypes, shape=(size,))
         if self.compressor is not None:
-            self.compressor.load_weights(strip(weights, "compressor."))
+            self.compressor.check_weights(strip(weights, "compressor."))
         if self.indexer is not None:
             self.indexer.load_weights(strip(weights, "indexer."))
+        if self.compressor is not None:
+            self.compressor.load_weights(strip(weights, "compressor."))
         self.linears.update(loaded)
         for name in norms:
             self.put(name.removesuffix(".weight"), weights[name])
@@ -83,6 +85,13 @@ class AttentionSubBlock(LoadedModule):
         check_tensor("AttentionSubBlock", "x", x, dtype=dtypes, shape=shape)
         if cache.kind != self.kind:
             raise ValueError(f"AttentionSubBlock: layer {self.layer} is {self.kind}, got a cache of kind {cache.kind}")
+        if cache.config != self.config:
+            raise ValueError(f"AttentionSubBlock: cache must have this layer's config, got one of {cache.config}")
+        if cache.window.rows.dtype != x.dtype:
+            raise TypeError(
+                f"AttentionSubBlock: x must have the cache's dtype {cache.window.rows.dtype}, got {x.dtype} "
+                "(use LayerCacheHandle(..., dtype=x.dtype))"
+            )
         c_Q = rms_norm(self._linear("wq_a")(x), self.get("q_norm"), self.config.rms_norm_eps)
         q = self._query(c_Q, step)
         window_kv = self._window_kv(x, step, cache.kv_format)

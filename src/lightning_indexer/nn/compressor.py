@@ -44,6 +44,12 @@ class Compressor(LoadedModule):
 
         windows is 2 with ratio 4 and 1 otherwise.
         """
+        self.check_weights(weights)
+        for name in ("wkv", "wgate", "ape", "norm"):
+            self.put(name, weights[name if name == "ape" else f"{name}.weight"])
+
+    def check_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Raise what `load_weights` would raise, and load nothing."""
         channels = self.windows * self.dim
         shapes = {
             "wkv.weight": (channels, self.hidden_size),
@@ -55,8 +61,6 @@ class Compressor(LoadedModule):
             if name not in weights:
                 raise KeyError(f"Compressor: {name} is missing, got {sorted(weights)}")
             check_tensor("Compressor", name, weights[name], dtype=_FLOATS, shape=shape)
-        for name in shapes:
-            self.put(name.removesuffix(".weight"), weights[name])
 
     def forward(self, x: Tensor, step: Step, state: TokenRing) -> Tensor:
         """Feed the step's tokens and get the entries they complete.

@@ -48,9 +48,10 @@ class CSAIndexer(LoadedModule):
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take `wq_b.*` [H * D, q_rank], `weights_proj.*` [H, hidden] and `compressor.*`, as `load_attention_weights`
         names them without their "indexer." prefix."""
-        self.wq_b = linear_for(strip(weights, "wq_b."), self.query_compression_dim, self.num_heads * self.head_dim)
-        self.weights_proj = linear_for(strip(weights, "weights_proj."), self.hidden_size, self.num_heads)
+        wq_b = linear_for("wq_b", weights, self.query_compression_dim, self.num_heads * self.head_dim)
+        weights_proj = linear_for("weights_proj", weights, self.hidden_size, self.num_heads)
         self.compressor.load_weights(strip(weights, "compressor."))
+        self.wq_b, self.weights_proj = wq_b, weights_proj
 
     @torch.no_grad()
     def forward(self, c_Q: Tensor, h_t: Tensor, cache: LayerCacheHandle) -> Tensor:
@@ -68,8 +69,11 @@ class CSAIndexer(LoadedModule):
         latent = (step.num_tokens, self.query_compression_dim)
         check_tensor("CSAIndexer", "c_Q", c_Q, dtype=floats, shape=latent)
         check_tensor("CSAIndexer", "h_t", h_t, dtype=floats, shape=(step.num_tokens, self.hidden_size))
-        if cache.indexer_state is None:
-            raise ValueError(f"CSAIndexer: cache must be that of a CSA layer, got one of kind {cache.kind}")
+        if cache.indexer_state is None or cache.paged.schema.dim != self.head_dim:
+            raise ValueError(
+                f"CSAIndexer: cache must be that of a CSA layer with index keys of {self.head_dim} dims, "
+                f"got kind {cache.kind}" + ("" if cache.indexer_state is None else f", {cache.paged.schema.dim} dims")
+            )
         q, weights = self.query(c_Q, h_t, step.positions, cache.paged.schema.format)
         cache.append(self.compressor(h_t, step, cache.indexer_state), "index")
         return score_topk(

@@ -130,13 +130,17 @@ class Nvfp4Linear(Linear):
         return self.heads(x, lambda q: q)
 
 
-def linear_for(weights: Mapping[str, Tensor], in_features: int, out_features: int) -> Linear:
-    """The linear layer that fits the stored dtype of `weights["weight"]`, loaded."""
+def linear_for(name: str, weights: Mapping[str, Tensor], in_features: int, out_features: int) -> Linear:
+    """The linear layer that fits the stored dtype of `<name>.weight`, loaded; errors name the tensor in full."""
     kinds = {torch.float8_e4m3fn: Fp8BlockLinear, torch.uint8: Nvfp4Linear}
-    if "weight" not in weights:
-        raise KeyError("linear_for: weight is missing")
-    layer: Linear = kinds.get(weights["weight"].dtype, Linear)(in_features, out_features)
-    layer.load_weights(weights)
+    own = {key.removeprefix(f"{name}."): tensor for key, tensor in weights.items() if key.startswith(f"{name}.")}
+    if "weight" not in own:
+        raise KeyError(f"{name}.weight is missing, got {sorted(weights)}")
+    layer: Linear = kinds.get(own["weight"].dtype, Linear)(in_features, out_features)
+    try:
+        layer.load_weights(own)
+    except (KeyError, TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error.args[0]}") from None
     return layer
 
 

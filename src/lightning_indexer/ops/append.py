@@ -30,12 +30,13 @@ def append_entries(
         rounding: FP4 ties and floors, see `formats.quantize`.
         validate: raise ValueError for a slot outside the storage, before anything is written. Default: on a CPU yes;
             elsewhere no, because it would wait for the device, and such a slot is skipped.
-        impl: "auto", "cpu" or "reference".
+        impl: "auto", "cpu", "cuda" (one kernel; head_dim up to 2,048; a NaN stored as bf16 gets one fixed pattern) or
+            "reference". All write the same bytes otherwise.
     """
     op = "append_entries"
     if not isinstance(view, PagedView):
         raise TypeError(f"{op}: view must be an IndexerView or a KVView, got {type(view).__name__}")
-    impl = choose_impl(op, impl, view.device)
+    impl = choose_impl(op, impl, view.device, has_cuda=True)
     check_choice(op, "rounding", rounding, ROUNDINGS)
     check_tensor(op, "entries", entries, dtype=_DTYPES, shape=("N", view.schema.dim), device=view.device)
     shape = (len(entries),)
@@ -45,7 +46,15 @@ def append_entries(
         check_range(op, "slots", slots, -1, num_slots - 1)
     if impl == "reference":
         reference.append_entries(entries, view, slots, rounding=rounding)
-        return
+    elif impl == "cuda":
+        from lightning_indexer.cuda.append import append_entries as cuda_append_entries
+
+        cuda_append_entries(entries, view, slots, rounding)
+    else:
+        _append(entries, view, slots, rounding, num_slots)
+
+
+def _append(entries: Tensor, view: PagedView, slots: Tensor, rounding: str, num_slots: int) -> None:
     written = (slots >= 0) & (slots < num_slots)
     slots = slots[written].long()
     block, row = slots // view.schema.entries_per_block, slots % view.schema.entries_per_block

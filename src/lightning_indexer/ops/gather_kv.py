@@ -30,14 +30,14 @@ def gather_kv(
         out: [T, k, D], written in place; a new tensor by default.
         validate: raise ValueError for an index, seq_id or block id out of range before anything is written. Default: on
             a CPU yes; elsewhere no, because it would wait for the device, and they are clamped.
-        impl: "auto", "cpu" or "reference".
+        impl: "auto", "cpu", "cuda" (one kernel; rows of `out` at multiples of 16 bytes) or "reference".
     Returns:
         [T, k, D] bf16 (fp32 where the cache is "fp32"); D is 512 in the model.
     """
     op = "gather_kv"
     if not isinstance(view, KVView):
         raise TypeError(f"{op}: view must be a KVView, got {type(view).__name__}")
-    impl = choose_impl(op, impl, view.device)
+    impl = choose_impl(op, impl, view.device, has_cuda=True)
     int_dtypes = (torch.int32, torch.int64)
     check_tensor(op, "indices", indices, dtype=int_dtypes, shape=("T", "k"), device=view.device)
     num_tokens = len(indices)
@@ -59,6 +59,11 @@ def gather_kv(
         check_range(op, "indices", indices, torch.iinfo(torch.int32).min, view.max_entries - 1)
         if view.max_entries:
             _check_block_ids(op, view, seq_ids, indices)
+    if impl == "cuda":
+        from lightning_indexer.cuda.gather import gather_kv as cuda_gather_kv
+
+        cuda_gather_kv(view, seq_ids, indices, out)
+        return out
     if view.max_entries == 0 or out.numel() == 0:
         return out.zero_()
     seq_ids, indices = seq_ids.clamp(0, view.num_seqs - 1), indices.clamp(max=view.max_entries - 1)

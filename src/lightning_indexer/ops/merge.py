@@ -32,8 +32,8 @@ def merge_topk(
     op = "merge_topk"
     check_tensor(op, "indices", indices, dtype=torch.int32, shape=("T", "C"))
     check_tensor(op, "scores", scores, dtype=torch.float32, shape=tuple(indices.shape), device=indices.device)
-    if top_k < 1:
-        raise ValueError(f"{op}: top_k must be at least 1, got {top_k}")
+    if not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"{op}: top_k must be an int of at least 1, got {top_k!r}")
     keys = torch.where(indices < 0, EMPTY, candidate_keys(scores, indices.long()))
     if group is not None:
         ranks, (num_tokens, width) = dist.get_world_size(group), keys.shape

@@ -191,7 +191,10 @@ def score_topk_workspace_bytes(*, num_heads: int, head_dim: int, top_k: int) -> 
     """
     from lightning_indexer.cpu.score_topk import Scratch
 
-    _check_top_k("score_topk_workspace_bytes", top_k)
+    op = "score_topk_workspace_bytes"
+    _check_top_k(op, top_k)
+    _check_heads(op, "num_heads", num_heads)
+    check_choice(op, "head_dim", head_dim, (64, 128))
     return Scratch.nbytes(num_heads, head_dim, top_k)
 
 
@@ -232,8 +235,7 @@ def _check_operands(
         raise TypeError(f"{op}: view must be an IndexerView, got {type(view).__name__}")
     check_tensor(op, "weights", weights, dtype=torch.float32, shape=("T", "H"), device=view.device)
     num_tokens, num_heads = weights.shape
-    if num_heads % 8 or not 8 <= num_heads <= MAX_HEADS:
-        raise ValueError(f"{op}: weights must have a multiple of 8 heads up to {MAX_HEADS}, got {num_heads}")
+    _check_heads(op, "weights", num_heads)
     q_shape = (num_tokens, num_heads, view.schema.dim)
     if isinstance(q, QuantizedQuery):
         if tuple(q.shape) != q_shape or q.device != view.device:
@@ -269,8 +271,13 @@ def _check_rows(
     return valid_lens.clamp(0, view.max_entries), seq_ids.clamp(0, max(view.num_seqs - 1, 0))
 
 
+def _check_heads(op: str, name: str, num_heads: int) -> None:
+    if num_heads % 8 or not 8 <= num_heads <= MAX_HEADS:
+        raise ValueError(f"{op}: {name} must have a multiple of 8 heads up to {MAX_HEADS}, got {num_heads}")
+
+
 def _check_top_k(op: str, top_k: int) -> None:
-    if not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K:
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= MAX_TOP_K:
         raise ValueError(f"{op}: top_k must be an int in 1..{MAX_TOP_K}, got {top_k!r}")
 
 

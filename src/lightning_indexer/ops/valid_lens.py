@@ -21,7 +21,9 @@ def visible_entries(positions: Tensor, compress_ratio: int) -> Tensor:
     """
     check_tensor("visible_entries", "positions", positions, dtype=_INT_DTYPES, shape=_any_shape(positions))
     _check_positive("visible_entries", "compress_ratio", compress_ratio)
-    return ((positions + 1) // compress_ratio).to(torch.int32)
+    if positions.device.type == "cpu":
+        check_range("visible_entries", "positions", positions, -1, torch.iinfo(torch.int32).max - 1)
+    return ((positions.long() + 1) // compress_ratio).to(torch.int32)
 
 
 def compute_valid_lens(block_lens: Tensor, entries_per_block: int) -> Tensor:
@@ -38,7 +40,7 @@ def compute_valid_lens(block_lens: Tensor, entries_per_block: int) -> Tensor:
     if block_lens.device.type == "cpu":
         limit = torch.iinfo(torch.int32).max // entries_per_block
         check_range("compute_valid_lens", "block_lens", block_lens, 0, limit)
-    return (block_lens * entries_per_block).to(torch.int32)
+    return (block_lens.long() * entries_per_block).to(torch.int32)
 
 
 def _any_shape(tensor: Tensor) -> tuple[str, ...]:
@@ -46,5 +48,5 @@ def _any_shape(tensor: Tensor) -> tuple[str, ...]:
 
 
 def _check_positive(op: str, name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{op}: {name} must be at least 1, got {value}")
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{op}: {name} must be an int of at least 1, got {value!r}")

@@ -1,0 +1,117 @@
+"""append_entries on a GPU: one kernel quantises and scatters (`kernels/append.cu`).
+
+To time it: distinct random slots over a pool well beyond the L2 cache, CUDA-graph replay or events around many calls,
+and compare (entry bytes read + row bytes written + slot bytes) / time with a device-to-device copy of as many bytes.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_indexer.cache.schema import CacheSchema
+from lightning_indexer.cache.view import PagedView
+from lightning_indexer.cuda.compiler import Specialisation
+from lightning_indexer.cuda.launcher import FLOAT32, INT32, INT64, POINTER, Kernel, device_arch, load_kernel
+from lightning_indexer.cuda.operands import ALIGNMENT, INPUT_TYPES, block_type, check_storage
+from lightning_indexer.formats import ROUNDINGS
+
+PARAMETERS = {
+    "entries": POINTER,
+    "entry_stride": INT64,
+    "num_entries": INT64,
+    "slots": POINTER,
+    "slots_are_int64": INT32,
+    "storage": POINTER,
+    "block_stride": INT64,
+    "num_slots": INT64,
+    "global_scale": FLOAT32,
+}
+MAX_DIM = 2048  # of "bf16" and "fp32" entries: one thread block must hold one
+
+_THREADS = 256
+_VALUES_PER_LANE = {"mxfp4": 16, "nvfp4": 16, "fp8": 16, "fp8_ds_mla": 16, "bf16": 8, "fp32": 8}
+_ROUNDINGS = {"nearest_even": "Rounding::kNearestEven", "toward_zero": "Rounding::kTowardZero"}
+
+
+def append_entries(entries: Tensor, view: PagedView, slots: Tensor, rounding: str) -> None:
+    """Quantise entries to the view's format and write their rows, byte for byte as `formats.quantize` does on a CPU.
+
+    The arguments are those of `ops.append.append_entries` and have been checked there. Runs on the current stream
+    without waiting. Slots outside the storage are skipped. Entries whose rows are not contiguous or not at multiples of
+    16 bytes are copied first.
+
+    (A NaN that becomes bf16 is written as 0xFFFF; a CPU's own choice depends on its vector instructions.)
+
+    Raises:
+        NotImplementedError: the GPU, or the size of the entries, is not one that the kernel serves.
+        ValueError: the storage does not start at a multiple of 16 bytes.
+    """
+    num_entries = len(entries)
+    if num_entries == 0 or view.num_blocks == 0:
+        return
+    storage = view.storage
+    check_storage("append_entries", view)
+    kernel, entries_per_cta = _kernel(view.schema, entries.dtype, rounding, storage.device.index)
+    if not _rows_are_readable(entries):
+        entries = entries.clone(memory_format=torch.contiguous_format)
+    if not slots.is_contiguous():
+        slots = slots.contiguous()
+    kernel.launch(
+        (-(-num_entries // entries_per_cta), 1, 1),
+        entries.data_ptr(),
+        entries.stride(0) * entries.element_size(),
+        num_entries,
+        slots.data_ptr(),
+        slots.dtype == torch.int64,
+        storage.data_ptr(),
+        view.schema.stride,
+        view.num_blocks * view.schema.entries_per_block,
+        view.global_scale,
+    )
+
+
+def specialisation(schema: CacheSchema, dtype: torch.dtype, rounding: str, arch: str) -> Specialisation:
+    """What is compiled for entries of `dtype` going into blocks of `schema`."""
+    arguments = (_row_type(schema, rounding), INPUT_TYPES[dtype], block_type(schema), str(_entries_per_cta(schema)))
+    return Specialisation("append.cu", "append_entries", arguments, arch)
+
+
+def specialisations(schema: CacheSchema, arch: str) -> Iterator[Specialisation]:
+    """All that blocks of `schema` may need."""
+    for dtype in INPUT_TYPES:
+        for rounding in ROUNDINGS if schema.format in ("mxfp4", "nvfp4") else ROUNDINGS[:1]:
+            yield specialisation(schema, dtype, rounding, arch)
+
+
+@functools.cache
+def _kernel(schema: CacheSchema, dtype: torch.dtype, rounding: str, device_index: int) -> tuple[Kernel, int]:
+    """The kernel, and how many entries a thread block of it takes."""
+    if schema.dim > MAX_DIM:
+        raise NotImplementedError(f"append_entries: on a GPU head_dim must be at most {MAX_DIM}, got {schema.dim}")
+    wanted = specialisation(schema, dtype, rounding, device_arch(device_index))
+    entries_per_cta = _entries_per_cta(schema)
+    threads = entries_per_cta * _lanes(schema)
+    return load_kernel(wanted, device_index, PARAMETERS, threads=threads), entries_per_cta
+
+
+def _row_type(schema: CacheSchema, rounding: str) -> str:
+    if schema.format == "fp8_ds_mla":
+        return "Fp8DsMla"
+    if schema.format in ("mxfp4", "nvfp4"):
+        return f"{schema.format.capitalize()}<{schema.dim}, {_ROUNDINGS[rounding]}>"
+    return f"{schema.format.capitalize()}<{schema.dim}>"
+
+
+def _lanes(schema: CacheSchema) -> int:
+    return schema.dim // _VALUES_PER_LANE[schema.format]
+
+
+def _entries_per_cta(schema: CacheSchema) -> int:
+    return _THREADS // _lanes(schema)
+
+
+def _rows_are_readable(entries: Tensor) -> bool:
+    row_bytes = entries.stride(0) * entries.element_size()
+    return entries.stride(1) == 1 and row_bytes % ALIGNMENT == 0 and entries.data_ptr() % ALIGNMENT == 0
