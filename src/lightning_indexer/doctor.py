@@ -82,9 +82,7 @@ def _describe_cpu() -> str:
 
 def _describe_gpu() -> str:
     found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that this torch can use"
-    return (
-        f"{found}; append_entries and gather_kv have CUDA kernels, scoring has no CUDA kernel yet and runs on the CPU"
-    )
+    return f"{found}; scoring has no CUDA kernel yet"
 
 
 def _describe_matplotlib() -> str:
