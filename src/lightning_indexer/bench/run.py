@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import lightning_indexer
 from lightning_indexer.bench import memory
@@ -67,14 +68,7 @@ def run_grid(cases: Sequence[Case], *, peers: Sequence[str] = (), repeats: int =
 
 def check(case: Case, operands: Operands) -> None:
     """Compare a few rows of each sequence with float64."""
-    indices = score_topk(
-        operands.query,
-        operands.weights,
-        operands.view,
-        top_k=case.top_k,
-        valid_lens=operands.valid_lens,
-        seq_ids=operands.seq_ids,
-    )
+    indices = _select(case, operands)
     for seq_id in range(case.num_seqs):
         first = seq_id * case.tokens
         rows = slice(first, first + min(_CHECKED_ROWS, case.tokens))
@@ -90,20 +84,20 @@ def check(case: Case, operands: Operands) -> None:
         assert agreement.complete, f"{case.name}, sequence {seq_id}: {right}"
 
 
+def _select(case: Case, operands: Operands) -> Tensor:
+    return score_topk(
+        operands.query,
+        operands.weights,
+        operands.view,
+        top_k=case.top_k,
+        valid_lens=operands.valid_lens,
+        seq_ids=operands.seq_ids,
+    )
+
+
 def _time(case: Case, operands: Operands, peers: Sequence[str], repeats: int) -> dict[str, Any]:
     """Our times and the peers', taken in turns so that a slow moment of the machine hits all of them."""
-
-    def ours() -> object:
-        return score_topk(
-            operands.query,
-            operands.weights,
-            operands.view,
-            top_k=case.top_k,
-            valid_lens=operands.valid_lens,
-            seq_ids=operands.seq_ids,
-        )
-
-    runs: dict[str, Callable[[], object]] = {"ours": ours}
+    runs: dict[str, Callable[[], object]] = {"ours": lambda: _select(case, operands)}
     skipped = {}
     for name in peers:
         try:
