@@ -10,8 +10,8 @@ from lightning_indexer.checks import check_tensor
 from lightning_indexer.config import DSV4Config
 from lightning_indexer.formats import fake_quantize
 from lightning_indexer.nn.compressor import Compressor
-from lightning_indexer.nn.csa_indexer import CSAIndexer, strip
-from lightning_indexer.nn.linear import Linear, LoadedModule, WeightsNotLoaded, linear_for
+from lightning_indexer.nn.csa_indexer import CSAIndexer
+from lightning_indexer.nn.linear import Linear, LoadedModule, WeightsNotLoaded, linear_for, strip
 from lightning_indexer.nn.norm import rms_norm
 from lightning_indexer.nn.rope import layer_frequencies
 from lightning_indexer.ops.attention import sparse_attention

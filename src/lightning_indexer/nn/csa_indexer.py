@@ -10,7 +10,7 @@ from lightning_indexer.checks import check_tensor
 from lightning_indexer.config import DSV4Config
 from lightning_indexer.formats import QUERY_FORMATS
 from lightning_indexer.nn.compressor import Compressor
-from lightning_indexer.nn.linear import Linear, LoadedModule, Nvfp4Linear, WeightsNotLoaded, linear_for
+from lightning_indexer.nn.linear import Linear, LoadedModule, Nvfp4Linear, WeightsNotLoaded, linear_for, strip
 from lightning_indexer.nn.rope import layer_frequencies
 from lightning_indexer.ops.score_topk import score_topk
 from lightning_indexer.query import QuantizedQuery, quantize_query
@@ -99,8 +99,3 @@ class CSAIndexer(LoadedModule):
             return self.wq_b.heads(c_Q, rotate), weights
         q = rotate(self.wq_b(c_Q).unflatten(-1, (self.num_heads, self.head_dim)))
         return (quantize_query(q, format) if format in QUERY_FORMATS else q), weights
-
-
-def strip(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries under `prefix`, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

@@ -133,7 +133,7 @@ class Nvfp4Linear(Linear):
 def linear_for(name: str, weights: Mapping[str, Tensor], in_features: int, out_features: int) -> Linear:
     """The linear layer that fits the stored dtype of `<name>.weight`, loaded; errors name the tensor in full."""
     kinds = {torch.float8_e4m3fn: Fp8BlockLinear, torch.uint8: Nvfp4Linear}
-    own = {key.removeprefix(f"{name}."): tensor for key, tensor in weights.items() if key.startswith(f"{name}.")}
+    own = strip(weights, f"{name}.")
     if "weight" not in own:
         raise KeyError(f"{name}.weight is missing, got {sorted(weights)}")
     layer: Linear = kinds.get(own["weight"].dtype, Linear)(in_features, out_features)
@@ -142,6 +142,11 @@ def linear_for(name: str, weights: Mapping[str, Tensor], in_features: int, out_f
     except (KeyError, TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error.args[0]}") from None
     return layer
+
+
+def strip(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries under `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
 def _take(module: nn.Module, weights: Mapping[str, Tensor], name: str) -> Tensor:
