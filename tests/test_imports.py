@@ -28,9 +28,9 @@ ALLOWED = {
     "reference": ("cache.view", "formats", "query", "rotary"),
     "ops.": ("cache.view", "checks", "formats", "precision", "query", "reference", "selection"),
     "cpu.": ("cache.view", "cpu.", "formats", "query", "selection"),
-    "cuda.": ("cache.schema", "cache.view", "cuda.", "formats"),
+    "cuda.": ("cache.schema", "cache.view", "cuda.", "formats", "query"),
     "cache.handle": ("cache.", "checks", "config", "ops.append"),
-    "nn.": ("cache.", "checks", "config", "formats", "nn.", "ops.", "query", "rotary"),
+    "nn.": ("cache.", "checks", "config", "formats", "nn.", "ops.", "precision", "query", "rotary"),
     "checkpoint": ("config", "formats"),
 }
 ALLOWED_LAZILY = {"ops.": ("cpu.", "cuda.")}  # inside a function: an implementation is loaded when it is used

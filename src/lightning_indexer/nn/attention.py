@@ -82,7 +82,7 @@ class AttentionSubBlock(LoadedModule):
         step = cache.require_step()
         dtypes = (torch.bfloat16, torch.float32, torch.float16)
         shape = (step.num_tokens, self.config.hidden_size)
-        check_tensor("AttentionSubBlock", "x", x, dtype=dtypes, shape=shape)
+        check_tensor("AttentionSubBlock", "x", x, dtype=dtypes, shape=shape, device=step.positions.device)
         if cache.kind != self.kind:
             raise ValueError(f"AttentionSubBlock: layer {self.layer} is {self.kind}, got a cache of kind {cache.kind}")
         if cache.config != self.config:

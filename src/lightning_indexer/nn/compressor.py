@@ -12,6 +12,7 @@ from lightning_indexer.config import CSA_RATIO, DSV4Config
 from lightning_indexer.nn.linear import LoadedModule
 from lightning_indexer.nn.norm import rms_norm
 from lightning_indexer.nn.rope import layer_frequencies
+from lightning_indexer.precision import full_float32
 from lightning_indexer.rotary import apply_rope, hadamard
 
 _FLOATS = (torch.bfloat16, torch.float32, torch.float16)
@@ -62,6 +63,7 @@ class Compressor(LoadedModule):
                 raise KeyError(f"Compressor: {name} is missing, got {sorted(weights)}")
             check_tensor("Compressor", name, weights[name], dtype=_FLOATS, shape=shape)
 
+    @full_float32()
     def forward(self, x: Tensor, step: Step, state: TokenRing) -> Tensor:
         """Feed the step's tokens and get the entries they complete.
 

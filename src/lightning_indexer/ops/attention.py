@@ -5,11 +5,13 @@ from torch import Tensor
 
 from lightning_indexer import reference
 from lightning_indexer.checks import check_tensor, choose_impl
+from lightning_indexer.precision import full_float32
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
 @torch.no_grad()
+@full_float32()
 def sparse_attention(
     q: Tensor,
     kv_selected: Tensor,
@@ -31,7 +33,7 @@ def sparse_attention(
         valid: bool [T, K + W], selected rows first; an invalid row may hold anything, NaN included.
         sink: fp32 [H], a logit in the denominator only, or None. -inf has no effect, +inf gives zeros.
         softmax_scale: multiplies the dot products.
-        impl: "auto", "cpu" or "reference".
+        impl: "auto", "cpu" and "cuda" (both plain torch, in fp32) or "reference".
     Returns:
         out: [T, H, D] in q's dtype, zeros for a query with no valid row.
         lse: fp32 [T, H], log-sum-exp without the sink (so that parts can be merged and the sink applied once);
@@ -39,7 +41,7 @@ def sparse_attention(
     """
     op = "sparse_attention"
     check_tensor(op, "q", q, dtype=_DTYPES, shape=("T", "H", "D"))
-    impl = choose_impl(op, impl, q.device)
+    impl = choose_impl(op, impl, q.device, has_cuda=True)
     num_tokens, num_heads, dim = q.shape
     check_tensor(op, "kv_selected", kv_selected, dtype=_DTYPES, shape=(num_tokens, "K", dim), device=q.device)
     check_tensor(op, "kv_window", kv_window, dtype=_DTYPES, shape=(num_tokens, "W", dim), device=q.device)
@@ -53,7 +55,7 @@ def sparse_attention(
     if impl == "reference":
         out, lse = reference.sparse_attention(q, kv, valid=valid, sink=sink, softmax_scale=softmax_scale)
         return out.to(q.dtype), lse
-    some_invalid = not bool(valid.all())
+    some_invalid = q.device.type != "cpu" or not bool(valid.all())  # elsewhere to look would wait for the device
     if some_invalid:
         kv.masked_fill_(~valid.unsqueeze(-1), 0.0)  # 0 * NaN would leak into the value product
     logits = torch.bmm(q.float() * softmax_scale, kv.transpose(1, 2))  # [T, H, K + W]
