@@ -170,7 +170,7 @@ def _tie_bounds(rounding: str) -> tuple[float, ...]:
     """Largest float that still rounds down at each midpoint: a code is the number of bounds below |x|."""
     bounds = []
     for code, (low, high) in enumerate(zip(E2M1_VALUES, E2M1_VALUES[1:], strict=False)):
-        midpoint = torch.tensor((low + high) / 2, dtype=torch.float32)
+        midpoint = torch.tensor((low + high) / 2, dtype=torch.float32, device="cpu")
         if rounding == "nearest_even" and code % 2 == 1:  # the upper neighbour is even: the tie goes up
             midpoint = torch.nextafter(midpoint, torch.zeros_like(midpoint))
         bounds.append(midpoint.item())

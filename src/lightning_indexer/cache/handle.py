@@ -53,7 +53,15 @@ class TokenRing:
     cleared when a sequence begins. There is no way back: a token's row takes the place of one `size` tokens earlier.
     """
 
-    def __init__(self, max_seqs: int, size: int, features: tuple[int, ...], *, dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self,
+        max_seqs: int,
+        size: int,
+        features: tuple[int, ...],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
         self.size = size
         self.rows = torch.zeros(max_seqs, size, *features, dtype=dtype, device=device)
 
@@ -92,6 +100,7 @@ class LayerCacheHandle:
         index_format, kv_format: see `formats`. "fp32" for both is the exact route for comparing with a model in fp32.
         max_blocks_per_seq: columns of the block tables. Default: what the longest context needs, or all blocks.
         dtype: of the hidden states, and of the window.
+        device: where all of it lies, and where the hidden states have to be.
     """
 
     def __init__(
@@ -106,7 +115,7 @@ class LayerCacheHandle:
         kv_format: str = "fp8_ds_mla",
         max_blocks_per_seq: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
-        device: str = "cpu",
+        device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.layer, self.kind = config, layer, config.layer_kind(layer)
         self.compress_ratio = config.layer_compress_ratio(layer)

@@ -78,7 +78,7 @@ class PagedPool:
         """
         self.check_extend(seq_ids, num_entries)
         slots = [self._extend_one(seq_id, count) for seq_id, count in zip(seq_ids, num_entries, strict=True)]
-        return torch.cat([*slots, torch.empty(0, dtype=torch.int64)]).to(self.storage.device)
+        return torch.cat([*slots, torch.empty(0, dtype=torch.int64, device="cpu")]).to(self.storage.device)
 
     def check_extend(self, seq_ids: Sequence[int], num_entries: Sequence[int]) -> None:
         """Raise what `extend` would raise, and change nothing."""
@@ -136,10 +136,10 @@ class PagedPool:
         blocks += [self._take_block() for _ in range(self._blocks_for(start + count) - known)]
         self._lens[seq_id] = start + count
         self._write_table(seq_id, known)
-        entry = torch.arange(start, start + count)
+        entry = torch.arange(start, start + count, device="cpu")  # reckoned on the host, where the block lists are
         per_block = self.schema.entries_per_block
         first = start // per_block
-        table = torch.tensor(blocks[first:], dtype=torch.int64)
+        table = torch.tensor(blocks[first:], dtype=torch.int64, device="cpu")
         return table[entry // per_block - first] * per_block + entry % per_block
 
     def _take_block(self) -> int:
@@ -148,8 +148,8 @@ class PagedPool:
         return block
 
     def _write_table(self, seq_id: int, first: int) -> None:
-        new = torch.tensor(self._blocks[seq_id][first:], dtype=torch.int32)
-        self.block_table[seq_id, first : first + len(new)] = new.to(self.block_table.device)
+        new = torch.tensor(self._blocks[seq_id][first:], dtype=torch.int32, device=self.block_table.device)
+        self.block_table[seq_id, first : first + len(new)] = new
 
     def _blocks_for(self, num_entries: int) -> int:
         return -(-num_entries // self.schema.entries_per_block)

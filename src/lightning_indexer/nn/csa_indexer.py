@@ -66,9 +66,9 @@ class CSAIndexer(LoadedModule):
         """
         step = cache.require_step()
         floats = (torch.bfloat16, torch.float32, torch.float16)
-        latent = (step.num_tokens, self.query_compression_dim)
-        check_tensor("CSAIndexer", "c_Q", c_Q, dtype=floats, shape=latent)
-        check_tensor("CSAIndexer", "h_t", h_t, dtype=floats, shape=(step.num_tokens, self.hidden_size))
+        latent, device = (step.num_tokens, self.query_compression_dim), step.positions.device
+        check_tensor("CSAIndexer", "c_Q", c_Q, dtype=floats, shape=latent, device=device)
+        check_tensor("CSAIndexer", "h_t", h_t, dtype=floats, shape=(step.num_tokens, self.hidden_size), device=device)
         if cache.indexer_state is None or cache.paged.schema.dim != self.head_dim:
             raise ValueError(
                 f"CSAIndexer: cache must be that of a CSA layer with index keys of {self.head_dim} dims, "
