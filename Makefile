@@ -1,7 +1,8 @@
-# make demo    find planted sentences in 131,072 tokens of text; writes demo-output/
+# make demo    find planted sentences in 131,072 tokens of text, on the GPU if there is one; writes demo-output/
 # make test    the whole test suite
 # make check   lint, types, import graph
 # make bench   time score_topk on this machine; writes bench-output/
+# make check-kernels   compile every kernel of score_topk, of which `make test` compiles a sample; no GPU is needed
 #
 # Each makes .venv on first use, with the torch that constraints.txt pins (a CPU build will do), unless PYTHON names an
 # interpreter that already has torch: then that one is used, `make demo PYTHON=/path/to/python`.
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check check-kernels bench clean
 
 demo: $(VENV)/.run
 	$(BIN)/lightning-indexer demo
@@ -24,6 +25,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_imports.py
+
+check-kernels: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/test_cuda_compile.py -m slow
 
 bench: $(VENV)/.dev
 	$(BIN)/lightning-indexer bench --peer transformers
@@ -38,12 +42,17 @@ $(VENV)/bin/python:
 		$(PYTHON) -m venv $(VENV); \
 	fi
 
+# The extra with the kernel compiler that fits torch's CUDA, where there is a GPU.
+GPU_EXTRA = $$($(BIN)/python -c "import torch; \
+	print('cuda' + torch.version.cuda.split('.')[0] if torch.version.cuda and torch.cuda.is_available() else '')")
+
 # A given torch is kept as it is: the pins apply only where torch comes from here.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	$$(test -e $(VENV)/.torch-given || echo "-c constraints.txt")
 
 $(VENV)/.run: $(VENV)/bin/python $(SOURCES)
 	$(INSTALL) -e ".[plots]"
+	-extra=$(GPU_EXTRA); test -z "$$extra" || $(INSTALL) -e ".[plots,$$extra]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python $(SOURCES)

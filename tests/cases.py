@@ -231,11 +231,33 @@ class Problem:
         parts = (self.q_values[rows], self.weights[rows], self.cache, self.valid_lens[rows], self.seq_ids[rows])
         return Problem(q, *parts)
 
+    def to(self, device: str) -> "Problem":
+        """A copy on a device: each tensor with its strides and the bytes between its rows."""
+        q, view = self.q, self.cache.view
+        if isinstance(q, QuantizedQuery):
+            scale = None if q.scale is None else copy_strided(q.scale, device)
+            q = replace(q, data=copy_strided(q.data, device), scale=scale)
+        else:
+            q = copy_strided(q, device)
+        storage, block_table = copy_strided(view.storage, device), copy_strided(view.block_table, device)
+        cache = replace(self.cache, view=replace(view, storage=storage, block_table=block_table))
+        rows = (copy_strided(x, device) for x in (self.valid_lens, self.seq_ids))
+        return Problem(q, self.q_values, copy_strided(self.weights, device), cache, *rows)
+
+    def keys(self, t: int) -> np.ndarray:
+        """float64 [n, D]: the entries that query t sees."""
+        return self.cache.values[int(self.seq_ids[t])][: int(self.valid_lens[t])]
+
     def exact_row(self, t: int) -> np.ndarray:
         """float64 scores of query t."""
-        keys = self.cache.values[int(self.seq_ids[t])][: int(self.valid_lens[t])]
         with np.errstate(invalid="ignore", over="ignore"):
-            return self.weights[t].double().numpy() @ np.maximum(self.q_values[t] @ keys.T, 0)
+            return self.weights[t].double().cpu().numpy() @ np.maximum(self.q_values[t] @ self.keys(t).T, 0)
+
+
+def copy_strided(x: torch.Tensor, device: str) -> torch.Tensor:
+    """A copy of `x` and of all memory that it lies in; `Tensor.to` would squeeze out what is between the rows."""
+    memory = torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
+    return memory.to(device, copy=True).view(x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def make_problem(
@@ -277,20 +299,73 @@ def make_problem(
     return problem
 
 
-def problem_with_scores(scores: Sequence[np.ndarray], format: str = "fp32", **cache_options: object) -> Problem:
-    """One query per row whose scores are (for finite normal numbers: exactly) the given ones.
+def problem_with_scores(
+    scores: Sequence[np.ndarray], format: str = "fp32", *, unit: float = 1.0, **cache_options: object
+) -> Problem:
+    """One query per row whose scores are (for finite normal numbers: exactly) the given ones, in `unit`.
 
-    Key s is (score, 0, ...) and half of the heads see it as it is, half negated: ReLU cannot hide a sign.
+    Key s is (score, 0, ...) and half of the heads see it as it is, half negated: ReLU cannot hide a sign. "bf16" keys
+    hold the score as a sum of three parts, for bf16 queries to add up. The unit, a power of two, is in the weights.
     """
+    parts = [_bf16_parts(row) if format == "bf16" else np.asarray(row, np.float32)[:, None] for row in scores]
+    width = parts[0].shape[1]
     keys = [np.zeros((len(row), 64), np.float32) for row in scores]
-    for key, row in zip(keys, scores, strict=True):
-        key[:, 0] = row
+    for key, part in zip(keys, parts, strict=True):
+        key[:, :width] = part
     q = np.zeros((len(scores), 8, 64), np.float32)
-    q[:, :4, 0], q[:, 4:, 0] = 1, -1
-    weights = torch.tensor([0.25] * 4 + [-0.25] * 4).repeat(len(scores), 1)
+    q[:, :4, :width], q[:, 4:, :width] = 1, -1
+    weights = torch.tensor([unit / 4] * 4 + [-unit / 4] * 4).repeat(len(scores), 1)
     lens = torch.tensor([len(row) for row in scores], dtype=torch.int32)
     seq_ids = torch.arange(len(scores), dtype=torch.int32)
-    return Problem(*make_query(q, "fp32"), weights, make_cache(keys, format, **cache_options), lens, seq_ids)
+    return Problem(*make_query(q, format), weights, make_cache(keys, format, **cache_options), lens, seq_ids)
+
+
+def _bf16_parts(x: np.ndarray) -> np.ndarray:
+    """fp32 [n, 3]: bf16 numbers whose sum is fp32 x, but for bits below 2^-133. NaN and inf go into the first."""
+    rest = np.asarray(x, np.float32).copy()
+    parts = np.zeros((len(rest), 3), np.float32)
+    for i in range(3):  # the upper half of an fp32 number is the bf16 number toward zero
+        parts[:, i] = (rest.view(np.uint32) & 0xFFFF0000).view(np.float32)
+        rest = np.where(np.isfinite(rest), rest, 0) - np.where(np.isfinite(rest), parts[:, i], 0)
+    return parts
+
+
+def adversarial_row(kind: str, n: int) -> np.ndarray:
+    """n adversarial scores."""
+    rng = np.random.default_rng(n)
+    with np.errstate(over="ignore"):
+        return {
+            "all-equal": np.full(n, 0.3),
+            "all-zero": np.zeros(n),
+            "zero-plateau": np.where(rng.random(n) < 0.5, 0.0, rng.normal(size=n)),
+            "last-bit": (0x3F800000 + rng.permutation(n) % 5).astype(np.int32).view(np.float32),
+            "sorted-up": np.arange(n) / 7,
+            "sorted-down": -np.arange(n) / 7,
+            "signed-zeros": rng.choice([0.0, -0.0], n),
+            "few-values": rng.choice([-1.0, 0.0, 2.0], n),
+            "nan": np.where(rng.random(n) < 0.3, np.nan, rng.normal(size=n)),
+            "all-nan": np.full(n, np.nan),
+            "nan-of-both-signs": rng.choice(np.uint32([0xFFFFFFFF, 0x7FC00000, 0xFFC00001, 0]), n).view(np.float32),
+            "inf": rng.choice([np.inf, -np.inf, 1.0, -1.0], n),
+            "inf-and-nan": rng.choice([np.inf, -np.inf, np.nan, 0.0], n),
+            "denormal": rng.integers(-9, 9, n) * 1.4e-45,
+            "beyond-fp16": rng.normal(size=n) * 1e30,
+            "all-negative": -1 - rng.random(n),
+        }[kind].astype(np.float32)
+
+
+ADVERSARIAL_KINDS = ["all-equal", "all-zero", "zero-plateau", "last-bit", "sorted-up", "sorted-down", "signed-zeros"]
+ADVERSARIAL_KINDS += [
+    "few-values",
+    "nan",
+    "all-nan",
+    "nan-of-both-signs",
+    "inf",
+    "inf-and-nan",
+    "denormal",
+    "beyond-fp16",
+]
+ADVERSARIAL_KINDS += ["all-negative"]
 
 
 def _exact_numbers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -307,8 +382,7 @@ def _spread_numbers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndar
 
 
 def _largest_sum(problem: Problem, t: int) -> float:
-    keys = problem.cache.values[int(problem.seq_ids[t])][: int(problem.valid_lens[t])]
-    dots = np.abs(problem.weights[t].numpy()) @ np.maximum(problem.q_values[t] @ keys.T, 0)
+    dots = np.abs(problem.weights[t].numpy()) @ np.maximum(problem.q_values[t] @ problem.keys(t).T, 0)
     return float(dots.max(initial=0))
 
 
@@ -317,7 +391,7 @@ def _largest_sum(problem: Problem, t: int) -> float:
 
 def assert_same_bits(got: np.ndarray | torch.Tensor, want: np.ndarray | torch.Tensor, what: str) -> None:
     """Equal in dtype, shape and every bit, or AssertionError naming the first place where not."""
-    got, want = (x.detach().contiguous().numpy() if isinstance(x, torch.Tensor) else x for x in (got, want))
+    got, want = (x.detach().cpu().contiguous().numpy() if isinstance(x, torch.Tensor) else x for x in (got, want))
     assert (got.dtype, got.shape) == (want.dtype, want.shape), f"{what}: {got.dtype}{got.shape}"
     integers = np.dtype(f"i{got.dtype.itemsize}")
     bad = np.argwhere(np.ascontiguousarray(got).view(integers) != np.ascontiguousarray(want).view(integers))
@@ -341,9 +415,34 @@ def expected_topk(scores: np.ndarray, top_k: int, order: str) -> tuple[np.ndarra
 def slots_of(view: IndexerView | KVView, seq_id: int, indices: np.ndarray) -> np.ndarray:
     """int32 slots of entry indices, -1 kept."""
     per_block = view.schema.entries_per_block
-    table = view.block_table[seq_id].numpy()
+    table = view.block_table[seq_id].cpu().numpy()
     safe = np.maximum(indices, 0)
     return np.where(indices < 0, -1, table[safe // per_block] * per_block + safe % per_block).astype(np.int32)
+
+
+def check_scores(scores: torch.Tensor, problem: Problem, relative: float | None) -> None:
+    """Dense scores keep promise 1 against float64, with `relative` for the error of a row's norm, and are -inf beyond.
+
+    Without `relative` only the bound of each score is checked: that of the norm says nothing where a row is small
+    because its terms cancel or meet zeros.
+    """
+    scores = scores.cpu()
+    for t, length in enumerate(problem.valid_lens.tolist()):
+        assert (scores[t, length:] == -torch.inf).all(), f"query {t} has a score beyond its length {length}"
+        if length == 0:
+            continue
+        want, got = problem.exact_row(t), scores[t, :length].double().numpy()
+        heads, dim = problem.q_values[t].shape
+        size = np.abs(problem.weights[t].cpu().numpy()) @ np.linalg.norm(problem.q_values[t], axis=-1)
+        bound = 1e-3 * size * np.linalg.norm(problem.keys(t), axis=-1) / np.sqrt(dim)
+        share = np.abs(got - want) / np.maximum(bound, 1e-300)
+        worst = np.argmax(np.where(np.isnan(share), np.inf, share))
+        margin = f"entry {worst} is off by {share[worst]:.3g} of its bound: {got[worst]}, exact {want[worst]}"
+        assert share[worst] <= 1, f"query {t} of {heads} x {dim}: {margin}"
+        error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-300)
+        assert relative is None or error <= relative, (
+            f"query {t} of {heads} x {dim}: relative norm error {error:.2e}, promised {relative:.0e}; {margin}"
+        )
 
 
 def check_topk(
@@ -361,7 +460,8 @@ def check_topk(
     Without `dense` the scores are those of float64, so the problem must be exact in fp32.
     """
     result = problem.call(score_topk, top_k=top_k, order=order, output=output, return_scores=True, **options)
-    indices, scores = (x.numpy() for x in result)
+    indices, scores = (x.cpu().numpy() for x in result)
+    dense = None if dense is None else dense.cpu()
     assert indices.shape == scores.shape == (len(problem.weights), top_k), indices.shape
     for t, length in enumerate(problem.valid_lens.tolist()):
         row = problem.exact_row(t).astype(np.float32) if dense is None else dense[t, :length].numpy()
@@ -373,12 +473,13 @@ def check_topk(
         assert_same_bits(scores[t], want_scores, f"scores of {what}")
 
 
-# name -> (problem, top_k, order, output). Exact problems: float64 says what every bit must be.
-TOPK_CASES: dict[str, tuple[Callable[[], Problem], int, str, str]] = {
+# name -> (problem, top_k, order, output). Exact problems: float64 says what every bit must be. Each is made with the
+# format that stands in for "fp32" keys where an implementation has none.
+TOPK_CASES: dict[str, tuple[Callable[..., Problem], int, str, str]] = {
     f"{format}-h{heads}-d{dim}-block{block}-k{k}-{order}-{output}": (
-        lambda format=format, heads=heads, dim=dim, block=block: make_problem(
+        lambda fp32="fp32", format=format, heads=heads, dim=dim, block=block: make_problem(
             [150, 97],
-            format=format,
+            format=fp32 if format == "fp32" else format,
             num_heads=heads,
             head_dim=dim,
             entries_per_block=block,
@@ -401,24 +502,24 @@ TOPK_CASES: dict[str, tuple[Callable[[], Problem], int, str, str]] = {
     )
 }
 TOPK_CASES |= {
-    "equal-scores": (lambda: problem_with_scores([np.ones(100)]), 7, "index", "entry"),
-    "zero-plateau-around-k": (
-        lambda: problem_with_scores([np.array([-1.0, 0, 3, 0, 0, -2, 0, 5, 0] * 9)]),
-        30,
-        "score",
-        "entry",
-    ),
-    "best-entries-in-the-last-partial-block": (lambda: problem_with_scores([np.arange(70.0)]), 4, "index", "entry"),
-    "negative-scores": (lambda: problem_with_scores([-np.arange(70.0)]), 4, "score", "entry"),
-    "nan-last": (lambda: problem_with_scores([np.array([1, np.nan, -np.inf, 2, np.nan])]), 4, "score", "entry"),
-    "fewer-entries-than-k": (lambda: problem_with_scores([np.arange(5.0), np.zeros(0)]), 9, "index", "entry"),
-    "next-entry-is-better": (
-        lambda: replace(problem_with_scores([np.arange(70.0)]), valid_lens=torch.tensor([66], dtype=torch.int32)),
-        3,
-        "index",
-        "entry",
-    ),
+    name: (lambda fp32="fp32", scores=scores: problem_with_scores(scores, fp32), k, order, "entry")
+    for name, scores, k, order in (
+        ("equal-scores", [np.ones(100)], 7, "index"),
+        ("zero-plateau-around-k", [np.array([-1.0, 0, 3, 0, 0, -2, 0, 5, 0] * 9)], 30, "score"),
+        ("best-entries-in-the-last-partial-block", [np.arange(70.0)], 4, "index"),
+        ("negative-scores", [-np.arange(70.0)], 4, "score"),
+        ("nan-last", [np.array([1, np.nan, -np.inf, 2, np.nan])], 4, "score"),
+        ("fewer-entries-than-k", [np.arange(5.0), np.zeros(0)], 9, "index"),
+    )
 }
+TOPK_CASES["next-entry-is-better"] = (
+    lambda fp32="fp32": replace(
+        problem_with_scores([np.arange(70.0)], fp32), valid_lens=torch.tensor([66], dtype=torch.int32)
+    ),
+    3,
+    "index",
+    "entry",
+)
 
 # (compress_ratio, position) -> entries that a query at that position sees
 VISIBLE = {(4, t): n for t, n in ((0, 0), (2, 0), (3, 1), (6, 1), (7, 2), (2047, 512), (2051, 513), (4099, 1025))}

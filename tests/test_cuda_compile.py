@@ -1,9 +1,12 @@
 """Compiling the CUDA kernels, keeping them on disk, and launching them, as far as this can be tried without a GPU.
 
-The store and the launcher's bookkeeping are tested everywhere; what compiles needs the CUDA wheels.
+The store, the launcher's bookkeeping and the choice of a scorer are tested everywhere; what compiles needs the CUDA
+wheels. Scorers are many: a sample of them is compiled here, all of them by `make check-kernels`.
 """
 
 import ctypes
+import functools
+import itertools
 import json
 import os
 import re
@@ -11,14 +14,17 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lightning_indexer import CacheSchema
-from lightning_indexer.cuda import append, compiler, gather, launcher
+from lightning_indexer.cuda import append, compiler, gather, launcher, score_topk
 from lightning_indexer.cuda.compiler import KERNEL_FOLDER, Binary, CompileError, Specialisation
 from lightning_indexer.cuda.environment import Environment
 from lightning_indexer.cuda.store import Store, content_key
@@ -54,7 +60,15 @@ def name_of(schema: CacheSchema) -> str:
     return f"{schema.format}-d{schema.dim}-block{schema.entries_per_block}"
 
 
-# --- every specialisation -------------------------------------------------------------------------------------
+def compile_all(wanted: Iterable[Specialisation]) -> list[tuple[Specialisation, Binary]]:
+    """On every core: the compiler does not hold Python's lock."""
+    wanted = list(dict.fromkeys(wanted))
+    compiler.compiler_version()  # imports cuda.core, which two threads must not do at once
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(zip(wanted, pool.map(compiler.compile_kernel, wanted), strict=True))
+
+
+# --- every specialisation, but for the scorers ----------------------------------------------------------------
 
 
 def specialisations(schema: CacheSchema, arch: str) -> Iterator[Specialisation]:
@@ -67,8 +81,7 @@ def specialisations(schema: CacheSchema, arch: str) -> Iterator[Specialisation]:
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("schema", INDEX_SCHEMAS + KV_SCHEMAS, ids=name_of)
 def test_compiles_without_spills(schema: CacheSchema, arch: str) -> None:
-    for specialisation in specialisations(schema, arch):
-        binary = compiler.compile_kernel(specialisation)
+    for specialisation, binary in compile_all(specialisations(schema, arch)):
         assert binary.code[:4] == b"\x7fELF" and specialisation.kernel in binary.symbol, binary.symbol
         assert (binary.spill_bytes, binary.stack_bytes) == (0, 0), (
             f"{specialisation}: {binary.spill_bytes} bytes spilled, {binary.stack_bytes} bytes of stack"
@@ -79,8 +92,8 @@ def test_compiles_without_spills(schema: CacheSchema, arch: str) -> None:
 @pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
 def test_compiles_for_other_architectures(arch: str) -> None:
     for schema in (CacheSchema("mxfp4"), CacheSchema("fp8_ds_mla")):
-        for specialisation in specialisations(schema, arch):
-            assert compiler.compile_kernel(specialisation).spill_bytes == 0, specialisation
+        for specialisation, binary in compile_all(specialisations(schema, arch)):
+            assert binary.spill_bytes == 0, specialisation
 
 
 @pytest.mark.usefixtures("cuda_wheels")
@@ -107,6 +120,174 @@ def test_usage_is_read_from_the_log() -> None:
     assert compiler.read_usage(log) == {"registers": 32, "stack_bytes": 16, "spill_bytes": 52, "shared_bytes": 400}
     with pytest.raises(CompileError, match="did not report registers"):
         compiler.read_usage("something else")
+
+
+# --- scorers: which one, and does it compile ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What decides which kernel scores a call.
+
+    Args:
+        keys, queries: formats.
+        wanted: queries per block that would suit the call.
+        top_k: 0 for dense scores.
+    """
+
+    arch: str
+    keys: str
+    queries: str
+    wanted: int
+    top_k: int
+    engine: str = "auto"
+    heads: int = 64
+    dim: int = 128
+    entries_per_block: int = 64
+
+    @property
+    def schema(self) -> CacheSchema:
+        return _schema(self.keys, self.entries_per_block, self.dim)
+
+    @property
+    def product(self) -> score_topk.Product:
+        return score_topk._product(self.schema, self.queries, self.arch, self.engine)
+
+    @property
+    def shape(self) -> score_topk.Shape:
+        return score_topk._shape(self.product, self.schema, self.heads, self.wanted, self.top_k, self.arch)
+
+    @property
+    def specialisation(self) -> Specialisation:
+        return score_topk._score_specialisation(self.schema, self.product, self.shape, self.top_k == 0, self.arch)
+
+
+@functools.cache
+def _schema(format: str, entries_per_block: int, dim: int) -> CacheSchema:
+    return CacheSchema(format, entries_per_block, head_dim=dim)
+
+
+NATURAL = [(format, format) for format in score_topk.INDEX_FORMATS]
+MODEL = [*NATURAL, ("mxfp4", "bf16"), ("mxfp4", "fp32")]
+
+
+def scorers(
+    arch: str, formats: list[tuple[str, str]], wanted: tuple[int, ...], top_k: tuple[int, ...], **others: object
+) -> list[Scorer]:
+    return [Scorer(arch, *pair, *rest, **others) for pair, *rest in itertools.product(formats, wanted, top_k)]
+
+
+def odd_scorers(arch: str) -> list[Scorer]:
+    """The fewest heads in short rows and blocks that a tile does not fill; the most heads."""
+    return [
+        *scorers(arch, [("mxfp4", "mxfp4"), ("bf16", "fp32")], (16,), (512,), heads=8, dim=64, entries_per_block=48),
+        *scorers(arch, [("mxfp4", "mxfp4"), ("bf16", "fp32")], (1,), (512,), heads=128),
+        *scorers(arch, [("mxfp4", "mxfp4")], (16,), (4096,), heads=128),
+    ]
+
+
+# The model's calls where it matters most, and some of each kind elsewhere.
+SAMPLE = {
+    "sm_80": [*scorers("sm_80", MODEL, (16,), (512,)), *scorers("sm_80", NATURAL[:1], (1,), (0, 2048))],
+    "sm_89": scorers("sm_89", [("mxfp4", "mxfp4"), ("bf16", "bf16")], (16,), (512,)),
+    "sm_90a": [
+        *scorers("sm_90a", MODEL, (1, 2, 16), (0, 512, 2048)),
+        *scorers("sm_90a", [("mxfp4", "mxfp4"), ("fp8", "fp8")], (4,), (0, 512, 2048)),
+    ],
+    "sm_90a-portable": [
+        *scorers("sm_90a", MODEL, (1, 16), (512,), engine="portable"),
+        *scorers("sm_90a", NATURAL[:1], (2, 16), (0, 2048), engine="portable"),
+    ],
+    "sm_100a": [*scorers("sm_100a", MODEL, (16,), (512,)), *scorers("sm_100a", NATURAL[:1], (1, 16), (0, 2048))],
+    "sm_120a": [
+        *scorers("sm_120a", [("mxfp4", "mxfp4")], (16,), (512,)),
+        *scorers("sm_120a", [("bf16", "fp32")], (1,), (512, 4096), heads=128),  # one warpgroup is all that fits
+    ],
+    **{f"{arch}-odd": odd_scorers(arch) for arch in ARCHS},
+}
+
+
+def shape_of(specialisation: Specialisation) -> score_topk.Shape:
+    (text,) = (argument for argument in specialisation.arguments if argument.startswith("Shape<"))
+    heads, queries, per_product, groups, capacity, _, stages, _ = map(int, re.findall(r"\d+", text))
+    shape = score_topk.Shape(heads, queries, per_product, groups, capacity, stages)
+    assert str(shape) == text
+    return shape
+
+
+def troubles_of(wanted: Iterable[Specialisation]) -> Iterator[str]:
+    """Spills, stack, and scorers with a copying feed that would wait for ever.
+
+    Those take registers over from their producers, up to what the block could have been launched with (`BulkFeed` in
+    kernels/feed.cuh). The compiler must have given the kernel that many.
+    """
+    for specialisation, binary in compile_all(wanted):
+        if binary.spill_bytes or binary.stack_bytes:
+            yield f"{binary.spill_bytes} bytes spilled, {binary.stack_bytes} bytes of stack: {specialisation}"
+        if any(argument.startswith("BulkFeed<") for argument in specialisation.arguments):
+            shape = shape_of(specialisation)
+            most = 65536 // (shape.threads + score_topk._producer_threads(shape)) // 8 * 8
+            if binary.registers != most:
+                yield f"{binary.registers} registers, not {most}: {specialisation}"
+
+
+@pytest.mark.usefixtures("cuda_wheels")
+@pytest.mark.parametrize("name", SAMPLE)
+def test_scorers_compile_without_spills(name: str) -> None:
+    troubles = list(troubles_of(scorer.specialisation for scorer in SAMPLE[name]))
+    assert not troubles, "\n".join(troubles)
+
+
+@pytest.mark.usefixtures("cuda_wheels")
+@pytest.mark.parametrize("arch", ARCHS)
+def test_merging_compiles_without_spills(arch: str) -> None:
+    troubles = list(troubles_of(score_topk._merge_specialisation(CacheSchema("mxfp4"), k, arch) for k in (512, 2048)))
+    assert not troubles, "\n".join(troubles)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cuda_wheels")
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("schema", INDEX_SCHEMAS, ids=name_of)
+def test_every_scorer_compiles_without_spills(schema: CacheSchema, arch: str) -> None:
+    troubles = list(troubles_of(score_topk.specialisations(schema, arch)))
+    assert not troubles, "\n".join(troubles)
+
+
+TOP_K = (0, 1, 512, 513, 2048, 2049, 4096)  # 0 and both ends of each class
+
+
+@pytest.mark.parametrize(
+    ("arch", "engine"),
+    [
+        *((arch, "auto") for arch in ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")),
+        ("sm_90a", "portable"),
+    ],
+)
+def test_every_call_has_a_shape_that_fits(arch: str, engine: str) -> None:
+    calls = itertools.product(
+        score_topk.INDEX_FORMATS, score_topk._QUERY_FORMATS, (1, 2, 4, 16), TOP_K, score_topk._PADDED_HEADS, (64, 128)
+    )
+    for keys, queries, wanted, top_k, heads, dim in calls:
+        scorer = Scorer(arch, keys, queries, wanted, top_k, engine, heads, dim)
+        product, shape = scorer.product, scorer.shape
+        taken, limit = score_topk._shared_bytes(product, shape, scorer.schema), score_topk._shared_limit(arch)
+        assert taken <= limit, f"{scorer}: {shape} takes {taken} of {limit} bytes"
+        assert shape.queries <= wanted and shape.capacity >= 2 * top_k, f"{scorer}: {shape}"
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 192])
+def test_the_workspace_holds_every_launch(multiprocessors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: device)
+    for top_k in TOP_K[1:]:
+        workspace = score_topk.workspace_bytes.__wrapped__(top_k, 0)
+        assert workspace <= 64 * 2**20, f"top_k {top_k}: {workspace} bytes"
+        for keys, wanted in itertools.product(score_topk.INDEX_FORMATS, (1, 2, 4, 16)):
+            shape = Scorer("sm_90a", keys, keys, wanted, top_k).shape
+            blocks = score_topk._blocks(shape.queries, shape.capacity, top_k, multiprocessors)
+            taken = score_topk._workspace_bytes(blocks, shape.queries, shape.capacity, top_k)
+            assert 1 <= blocks <= multiprocessors and taken <= workspace, f"top_k {top_k}, {shape}: {taken} bytes"
 
 
 # --- errors ---------------------------------------------------------------------------------------------------
@@ -202,9 +383,16 @@ def test_kernels_include_only_files_beside_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "source", "kernel"), [(append, "append.cu", "append_entries"), (gather, "gather.cu", "gather_kv")]
+    ("parameters", "source", "kernel"),
+    [
+        (append.PARAMETERS, "append.cu", "append_entries"),
+        (gather.PARAMETERS, "gather.cu", "gather_kv"),
+        (score_topk.SCORE_PARAMETERS, "score.cu", "score_topk"),
+        (score_topk.MERGE_PARAMETERS, "merge.cu", "merge_topk"),
+    ],
+    ids=["append", "gather", "score", "merge"],
 )
-def test_parameters_are_those_of_the_kernel(module: object, source: str, kernel: str) -> None:
+def test_parameters_are_those_of_the_kernel(parameters: Mapping[str, str], source: str, kernel: str) -> None:
     text = (KERNEL_FOLDER / source).read_text()
     found = re.search(rf"__global__ void [^;{{]*?\b{kernel}\(([^)]*)\)", text)
     assert found, f"{kernel} is not in {source}"
@@ -213,7 +401,7 @@ def test_parameters_are_those_of_the_kernel(module: object, source: str, kernel:
     for parameter in found[1].split(","):
         kind, name = parameter.strip().rsplit(" ", 1)
         declared[name] = launcher.POINTER if "*" in kind else kinds[kind]
-    assert list(declared.items()) == list(module.PARAMETERS.items())
+    assert list(declared.items()) == list(parameters.items())
 
 
 # --- the store ------------------------------------------------------------------------------------------------

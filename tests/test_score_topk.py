@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 from cases import (
+    ADVERSARIAL_KINDS,
     POISON,
     TOPK_CASES,
     Problem,
+    adversarial_row,
     assert_same_bits,
+    check_scores,
     check_topk,
     encode_rows,
     expected_topk,
@@ -79,16 +82,7 @@ def test_scores_against_float64(format, query_format, impl):
         problem = make_problem([90, 200], format=format, query_format=query_format, **shape, **lens, **scale)
         got = dense(problem, impl=impl)
         assert got.shape == (5, 200)
-        for t, length in enumerate(problem.valid_lens.tolist()):
-            assert (got[t, length:] == -torch.inf).all()
-            want, row = problem.exact_row(t), got[t, :length].double().numpy()
-            keys = problem.cache.values[int(problem.seq_ids[t])][:length]
-            size = np.abs(problem.weights[t].numpy()) @ np.linalg.norm(problem.q_values[t], axis=-1)
-            bound = 1e-3 * size * np.linalg.norm(keys, axis=-1) / np.sqrt(head_dim)
-            worst = np.argmax(np.abs(row - want) - bound) if length else 0
-            assert (np.abs(row - want) <= bound).all(), f"query {t} entry {worst}: {row[worst]}, exact {want[worst]}"
-            relative = np.linalg.norm(row - want) / max(np.linalg.norm(want), 1e-300)
-            assert relative <= 1e-5, f"query {t}: relative norm error {relative:.2e}, H {num_heads}"
+        check_scores(got, problem, 1e-5)
 
 
 def test_fp8_query_without_a_scale_is_taken_as_it_is(impl):
@@ -197,39 +191,11 @@ def test_selection_is_the_stable_sort_of_index_scores(drawn):
         assert torch.allclose(exact[kept].sort(descending=True).values, best, atol=band, rtol=0), f"query {t}"
 
 
-def row(kind: str, n: int) -> np.ndarray:
-    """n adversarial scores."""
-    rng = np.random.default_rng(n)
-    with np.errstate(over="ignore"):
-        return {
-            "all-equal": np.full(n, 0.3),
-            "all-zero": np.zeros(n),
-            "zero-plateau": np.where(rng.random(n) < 0.5, 0.0, rng.normal(size=n)),
-            "last-bit": (0x3F800000 + rng.permutation(n) % 5).astype(np.int32).view(np.float32),
-            "sorted-up": np.arange(n) / 7,
-            "sorted-down": -np.arange(n) / 7,
-            "signed-zeros": rng.choice([0.0, -0.0], n),
-            "few-values": rng.choice([-1.0, 0.0, 2.0], n),
-            "nan": np.where(rng.random(n) < 0.3, np.nan, rng.normal(size=n)),
-            "all-nan": np.full(n, np.nan),
-            "nan-of-both-signs": rng.choice(np.uint32([0xFFFFFFFF, 0x7FC00000, 0xFFC00001, 0]), n).view(np.float32),
-            "inf": rng.choice([np.inf, -np.inf, 1.0, -1.0], n),
-            "inf-and-nan": rng.choice([np.inf, -np.inf, np.nan, 0.0], n),
-            "denormal": rng.integers(-9, 9, n) * 1.4e-45,
-            "beyond-fp16": rng.normal(size=n) * 1e30,
-            "all-negative": -1 - rng.random(n),
-        }[kind].astype(np.float32)
-
-
-KINDS = ["all-equal", "all-zero", "zero-plateau", "last-bit", "sorted-up", "sorted-down", "signed-zeros", "few-values"]
-KINDS += ["nan", "all-nan", "nan-of-both-signs", "inf", "inf-and-nan", "denormal", "beyond-fp16", "all-negative"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ADVERSARIAL_KINDS)
 def test_adversarial_rows(kind, impl):
-    problem = problem_with_scores([row(kind, n) for n in (5000, 64, 1)])
+    problem = problem_with_scores([adversarial_row(kind, n) for n in (5000, 64, 1)])
     scores = dense(problem, impl=impl)
-    np.testing.assert_allclose(scores[0], row(kind, 5000), rtol=1e-6, atol=1e-44)
+    np.testing.assert_allclose(scores[0], adversarial_row(kind, 5000), rtol=1e-6, atol=1e-44)
     assert not (torch.signbit(scores) & (scores == 0)).any(), "-0 among the scores"
     for top_k, order in ((1, "index"), (63, "score"), (64, "index"), (65, "score"), (2500, "index"), (4096, "score")):
         check_topk(score_topk, problem, top_k, order=order, dense=scores, impl=impl)

@@ -34,7 +34,7 @@ class HostKernel:
 
     def launch(self, grid: tuple[int, int, int], *arguments: float) -> None:
         assert grid[0] >= 1 and grid[1:] == (1, 1), f"an empty or unexpected grid {grid}"
-        self.function(grid[0], self.threads, ctypes.c_void_p(self.arguments.pack(arguments)))
+        self.function(grid[0], 1, self.threads, ctypes.c_void_p(self.arguments.pack(arguments)))
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ctyp
     shutil.copy(HERE / "host_ptx.cuh", folder / "ptx.cuh")
     wanted = sorted({s.expression for s in _specialisations()})
     launchers = [
-        f'extern "C" void launch_{i}(unsigned blocks, unsigned threads, void** arguments) '
-        f"{{ host_cuda::launch({expression}, blocks, threads, arguments); }}"
+        f'extern "C" void launch_{i}(unsigned x, unsigned y, unsigned threads, void** arguments) '
+        f"{{ host_cuda::launch({expression}, x, y, threads, arguments); }}"
         for i, expression in enumerate(wanted)
     ]
     lines = [

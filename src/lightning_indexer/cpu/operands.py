@@ -66,7 +66,7 @@ def fold_weights(weights: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor 
     Returns:
         fp32 [T, H] weights and the fp64 [T] factor for the finished scores (None for all ones).
     """
-    padded = torch.zeros(len(weights), -(-weights.shape[1] // 16) * 16, dtype=torch.float32)
+    padded = torch.zeros(len(weights), -(-weights.shape[1] // 16) * 16, dtype=torch.float32, device="cpu")
     folded = padded[:, : weights.shape[1]]  # every row begins at a multiple of 64 bytes: same address, same bits
     if scale is None:
         return folded.copy_(weights), None
@@ -81,7 +81,7 @@ def has_exact_int8_matmul() -> bool:
     """Whether torch multiplies int8 into int32 exactly and fast here (some CPUs saturate in between, or crawl)."""
     if not getattr(torch.cpu, "_is_vnni_supported", lambda: False)() or not hasattr(torch, "_int_mm"):
         return False
-    a = torch.full((32, 128), 96, dtype=torch.int8)
+    a = torch.full((32, 128), 96, dtype=torch.int8, device="cpu")
     product: Tensor = torch._int_mm(a, -a.t())
     return bool((product == -96 * 96 * 128).all())
 
@@ -121,8 +121,8 @@ def _doubled_codes(packed: Tensor) -> Tensor:
 
 
 def _pair_table() -> Tensor:
-    doubled = torch.tensor(_DOUBLED_E2M1 + tuple(-v for v in _DOUBLED_E2M1), dtype=torch.int8)
-    byte = torch.arange(256)
+    doubled = torch.tensor(_DOUBLED_E2M1 + tuple(-v for v in _DOUBLED_E2M1), dtype=torch.int8, device="cpu")
+    byte = torch.arange(256, device="cpu")
     return torch.stack((doubled[byte & 15], doubled[byte >> 4]), dim=-1).view(torch.int16).squeeze(-1)
 
 
@@ -141,4 +141,4 @@ def _read_rows(view: IndexerView, seq_id: int, start: int, stop: int) -> tuple[T
 def _global_scale(global_scale: float, like: Tensor) -> Tensor | None:
     if global_scale == 1.0:
         return None
-    return torch.full(like.shape[:-1], global_scale, dtype=torch.float64)
+    return torch.full(like.shape[:-1], global_scale, dtype=torch.float64, device="cpu")

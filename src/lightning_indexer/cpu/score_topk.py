@@ -90,7 +90,7 @@ def index_scores(
     out.fill_(-torch.inf)
     num_heads = weights.shape[1]
     layout_bytes = Scratch.nbytes(num_heads, view.schema.dim, 0)
-    scratch = Scratch.carve(torch.empty(layout_bytes, dtype=torch.uint8), num_heads, view.schema.dim, 0)
+    scratch = Scratch.carve(torch.empty(layout_bytes, dtype=torch.uint8, device="cpu"), num_heads, view.schema.dim, 0)
     for group in query_passes(q, weights, valid_lens, seq_ids):
         for start in range(0, group.max_len, ENTRIES_PER_CHUNK):
             scores = score_chunk(group, view, start, scratch)
@@ -129,11 +129,11 @@ def best_keys(group: QueryPass, view: IndexerView, top_k: int, scratch: Scratch)
     """int64 [Q, k] candidate keys of the best entries, in no order, EMPTY where there are fewer."""
     candidates = scratch.candidates[: len(group.lens)]
     candidates[:, :top_k] = EMPTY
-    lens = torch.tensor(group.lens).unsqueeze(1)
+    lens = torch.tensor(group.lens, device="cpu").unsqueeze(1)
     for start in range(0, group.max_len, ENTRIES_PER_CHUNK):
         scores = score_chunk(group, view, start, scratch)
         stop = start + scores.shape[1]
-        indices = torch.arange(start, stop)
+        indices = torch.arange(start, stop, device="cpu")
         fresh = candidates[:, top_k : top_k + stop - start]
         fill_keys(scores.view(torch.int32), indices, scratch.ranks[: len(group.lens), : stop - start], fresh)
         if min(group.lens) < stop:

@@ -110,7 +110,7 @@ def compile_kernel(specialisation: Specialisation) -> Binary:
     """Compile without looking at any store. Raises CompileError with the compiler's log."""
     from cuda.core import Program, ProgramOptions
 
-    _check_compiler_knows(specialisation.arch)
+    check_compiler_knows(specialisation.arch)
     log = io.StringIO()
     options = ProgramOptions(
         arch=specialisation.arch, name="specialisation.cu", include_path=[str(KERNEL_FOLDER)], **_OPTIONS
@@ -193,10 +193,29 @@ def check_arch(arch: str) -> None:
         raise ValueError(f"arch must be sm_{OLDEST_ARCH} or newer (sm_90a, sm_100a, ...), got {arch!r}")
 
 
+def check_compiler_knows(arch: str) -> None:
+    """Raise ValueError unless the compiler that is installed knows this architecture."""
+    check_arch(arch)
+    known = known_archs()
+    if arch.rstrip("af") not in known:
+        raise ValueError(f"arch {arch!r} is not one that {compiler_version()} compiles for: {', '.join(known)}")
+
+
+def known_archs() -> list[str]:
+    """Architectures that the compiler and the kernels serve, without the variants: "sm_80", "sm_90" and so on."""
+    version = compiler_version()  # says what is missing, if something is
+    from cuda.bindings import nvrtc
+
+    status, numbers = nvrtc.nvrtcGetSupportedArchs()
+    assert not status, f"{version} does not say which architectures it knows: {status}"
+    return [f"sm_{number}" for number in numbers if number >= OLDEST_ARCH]
+
+
 @functools.cache
 def compiler_version() -> str:
     """Such as "nvrtc 13.0 (nvidia-cuda-nvrtc 13.0.88)", the second part where NVRTC comes as a wheel."""
     try:
+        import cuda.core  # noqa: F401
         from cuda.bindings import nvrtc
 
         _, major, minor = nvrtc.nvrtcVersion()
@@ -205,15 +224,6 @@ def compiler_version() -> str:
     wheels = ("nvidia-cuda-nvrtc", f"nvidia-cuda-nvrtc-cu{major}")
     installed = [f" ({name} {version})" for name in wheels if (version := _wheel_version(name))]
     return f"nvrtc {major}.{minor}{''.join(installed)}"
-
-
-def _check_compiler_knows(arch: str) -> None:
-    from cuda.bindings import nvrtc
-
-    compiler_version()
-    known = [f"sm_{number}" for number in nvrtc.nvrtcGetSupportedArchs()[1] if number >= OLDEST_ARCH]
-    if arch.rstrip("af") not in known:
-        raise ValueError(f"arch {arch!r} is not one that {compiler_version()} compiles for: {', '.join(known)}")
 
 
 def _wheel_version(name: str) -> str | None:

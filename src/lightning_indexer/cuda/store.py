@@ -66,6 +66,19 @@ class Store:
                 stacklevel=2,
             )
 
+    def usage(self) -> tuple[int, int]:
+        """Entries, and their bytes."""
+        entries = [entry for entry in (self.folder / "kernels").glob("[!.]*") if entry.is_dir()]
+        sizes = [file.stat().st_size for entry in entries for file in entry.iterdir()]
+        return len(entries), sum(sizes)
+
+    def check_writable(self) -> None:
+        """Raise OSError where entries could not be kept."""
+        folder = self.folder / "kernels"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
     def _publish(self, key: str, binary: bytes, facts: dict[str, Any]) -> None:
         place = self._place(key)
         place.parent.mkdir(parents=True, exist_ok=True)

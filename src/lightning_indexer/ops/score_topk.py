@@ -35,18 +35,26 @@ def index_scores(
     Args:
         q, weights, view, valid_lens, seq_ids, validate, impl: as for `score_topk`.
         out: fp32 [T, max_len], written in place; max_len must be at least the largest length.
-            Default: a new tensor with max_len = max(valid_lens).
+            Default: a new tensor with max_len = max(valid_lens), for which a GPU has to be waited for.
     Returns:
         fp32 [T, max_len]: -inf beyond each row's length, NaN where the operands make one, never -0.
     """
     op = "index_scores"
-    impl = choose_impl(op, impl, view.device)
-    seq_ids = _check_operands(op, q, weights, view, valid_lens, seq_ids)
-    valid_lens, seq_ids = _check_rows(op, view, valid_lens, seq_ids, validate)
-    longest = int(valid_lens.max()) if len(valid_lens) else 0
+    _check_operands(op, q, weights, view, valid_lens, seq_ids)
+    impl = choose_impl(op, impl, view.device, has_cuda=True)
+    if _wants_checks(validate, view):
+        _check_rows(op, view, valid_lens, seq_ids)
+    longest = min(max(int(valid_lens.max()), 0), view.max_entries) if out is None and len(valid_lens) else 0
     if out is None:
         out = torch.empty(len(weights), longest, dtype=torch.float32, device=view.device)
     check_tensor(op, "out", out, dtype=torch.float32, shape=(len(weights), "max_len"), device=view.device)
+    if impl == "cuda":
+        from lightning_indexer.cuda import score_topk as cuda
+
+        cuda.index_scores(q, weights, view, valid_lens, seq_ids, out)
+        return out
+    valid_lens, seq_ids = _clamp_rows(view, valid_lens, seq_ids)
+    longest = int(valid_lens.max()) if len(valid_lens) else 0
     if out.shape[1] < longest:
         raise ValueError(f"{op}: out must have at least max(valid_lens) = {longest} columns, got {out.shape[1]}")
     if impl == "reference":
@@ -140,14 +148,15 @@ def score_topk(
         workspace: uint8, at least `score_topk_workspace_bytes(...)` bytes; a new tensor by default.
         validate: check lengths, seq_ids and block ids against the storage before any work, ValueError naming the worst.
             Default: on a CPU yes; elsewhere no, because it would wait for the device, and they are clamped.
-        impl: "auto", "cpu" (streams, multithreaded) or "reference" (plain torch, materialises each row).
+        impl: "auto", "cpu" (streams, multithreaded), "cuda" (fused kernels) or "reference" (plain torch, materialises
+            each row).
     Returns:
         int32 [T, top_k], -1 where there are fewer entries; with return_scores also fp32 [T, top_k], -inf there (and
         for NaN).
     """
     op = "score_topk"
-    impl = choose_impl(op, impl, view.device)
-    seq_ids = _check_operands(op, q, weights, view, valid_lens, seq_ids)
+    _check_operands(op, q, weights, view, valid_lens, seq_ids)
+    impl = choose_impl(op, impl, view.device, has_cuda=True)
     check_choice(op, "order", order, ("index", "score"))
     check_choice(op, "output", output, ("entry", "slot"))
     _check_top_k(op, top_k)
@@ -156,45 +165,72 @@ def score_topk(
         if tensor is not None:
             check_tensor(op, name, tensor, dtype=dtype, shape=shape, device=view.device)
     workspace = _check_workspace(op, workspace, weights.shape[1], view, top_k)
-    valid_lens, seq_ids = _check_rows(op, view, valid_lens, seq_ids, validate)
+    if _wants_checks(validate, view):
+        _check_rows(op, view, valid_lens, seq_ids)
     if out is None:
         out = torch.empty(shape, dtype=torch.int32, device=view.device)
     if return_scores and scores_out is None:
         scores_out = torch.empty(shape, dtype=torch.float32, device=view.device)
-    if impl == "reference":
-        _reference(q, weights, view, valid_lens, seq_ids, order == "score", output == "slot", out, scores_out)
-    else:
-        from lightning_indexer.cpu import score_topk as cpu
+    by_score, as_slots = order == "score", output == "slot"
+    if impl == "cuda":
+        from lightning_indexer.cuda import score_topk as cuda
 
-        cpu.score_topk(
+        cuda.score_topk(
             q,
             weights,
             view,
             valid_lens,
             seq_ids,
-            by_score=order == "score",
-            as_slots=output == "slot",
+            by_score=by_score,
+            as_slots=as_slots,
             out=out,
             scores_out=scores_out,
             workspace=workspace,
         )
+    else:
+        valid_lens, seq_ids = _clamp_rows(view, valid_lens, seq_ids)
+        if impl == "reference":
+            _reference(q, weights, view, valid_lens, seq_ids, by_score, as_slots, out, scores_out)
+        else:
+            from lightning_indexer.cpu import score_topk as cpu
+
+            cpu.score_topk(
+                q,
+                weights,
+                view,
+                valid_lens,
+                seq_ids,
+                by_score=by_score,
+                as_slots=as_slots,
+                out=out,
+                scores_out=scores_out,
+                workspace=workspace,
+            )
     if return_scores:
         assert scores_out is not None, "allocated above"
         return out, scores_out
     return out
 
 
-def score_topk_workspace_bytes(*, num_heads: int, head_dim: int, top_k: int) -> int:
+def score_topk_workspace_bytes(*, num_heads: int, head_dim: int, top_k: int, device: torch.device | str = "cpu") -> int:
     """Bytes of working memory that `score_topk` uses: no more for a longer context or more queries.
 
-    Operators of torch itself hold up to about 20 MiB beside it for a moment, equally bounded.
+    Args:
+        device: where the call runs. On a GPU at most 64 MiB, and nothing is allocated beside it and the outputs; on a
+            CPU, operators of torch itself hold up to about 20 MiB beside it for a moment, equally bounded.
     """
-    from lightning_indexer.cpu.score_topk import Scratch
-
     op = "score_topk_workspace_bytes"
     _check_top_k(op, top_k)
     _check_heads(op, "num_heads", num_heads)
     check_choice(op, "head_dim", head_dim, (64, 128))
+    device = torch.device(device)
+    if device.type == "cuda":
+        from lightning_indexer.cuda.score_topk import workspace_bytes
+
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return workspace_bytes(top_k, index)
+    from lightning_indexer.cpu.score_topk import Scratch
+
     return Scratch.nbytes(num_heads, head_dim, top_k)
 
 
@@ -229,8 +265,8 @@ def _check_operands(
     view: IndexerView,
     valid_lens: Tensor,
     seq_ids: Tensor | None,
-) -> Tensor:
-    """Check everything that shapes and dtypes tell, and return seq_ids with its default filled in."""
+) -> None:
+    """Check everything that shapes and dtypes tell."""
     if not isinstance(view, IndexerView):
         raise TypeError(f"{op}: view must be an IndexerView, got {type(view).__name__}")
     check_tensor(op, "weights", weights, dtype=torch.float32, shape=("T", "H"), device=view.device)
@@ -253,22 +289,34 @@ def _check_operands(
                 f"{op}: without seq_ids query t uses row t of block_table, which has {view.num_seqs} rows "
                 f"for {num_tokens} queries (pass seq_ids)"
             )
-        return torch.arange(num_tokens, dtype=torch.int32, device=view.device)
+        return
     check_tensor(op, "seq_ids", seq_ids, dtype=(torch.int32, torch.int64), shape=(num_tokens,), device=view.device)
-    return seq_ids
 
 
-def _check_rows(
-    op: str, view: IndexerView, valid_lens: Tensor, seq_ids: Tensor, validate: bool | None
-) -> tuple[Tensor, Tensor]:
-    """Check what the tensors hold, or clamp it."""
-    if validate if validate is not None else view.device.type == "cpu":
-        if len(seq_ids):
-            check_range(op, "seq_ids", seq_ids, 0, view.num_seqs - 1)
-        check_range(op, "valid_lens", valid_lens, 0, view.max_entries)
-        view.check_blocks(op, seq_ids, valid_lens)
-        return valid_lens, seq_ids
+def _wants_checks(validate: bool | None, view: IndexerView) -> bool:
+    """Whether to look at what the tensors hold, which on a GPU waits for the device."""
+    return validate if validate is not None else view.device.type == "cpu"
+
+
+def _check_rows(op: str, view: IndexerView, valid_lens: Tensor, seq_ids: Tensor | None) -> None:
+    if seq_ids is None:
+        seq_ids = _own_rows(valid_lens)
+    if len(seq_ids):
+        check_range(op, "seq_ids", seq_ids, 0, view.num_seqs - 1)
+    check_range(op, "valid_lens", valid_lens, 0, view.max_entries)
+    view.check_blocks(op, seq_ids, valid_lens)
+
+
+def _clamp_rows(view: IndexerView, valid_lens: Tensor, seq_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Lengths and sequences within the view, seq_ids with its default filled in. (The kernels do this themselves.)"""
+    if seq_ids is None:
+        seq_ids = _own_rows(valid_lens)
     return valid_lens.clamp(0, view.max_entries), seq_ids.clamp(0, max(view.num_seqs - 1, 0))
+
+
+def _own_rows(valid_lens: Tensor) -> Tensor:
+    """Query t uses row t of the block table."""
+    return torch.arange(len(valid_lens), dtype=torch.int32, device=valid_lens.device)
 
 
 def _check_heads(op: str, name: str, num_heads: int) -> None:
@@ -282,7 +330,7 @@ def _check_top_k(op: str, top_k: int) -> None:
 
 
 def _check_workspace(op: str, workspace: Tensor | None, num_heads: int, view: IndexerView, top_k: int) -> Tensor:
-    needed = score_topk_workspace_bytes(num_heads=num_heads, head_dim=view.schema.dim, top_k=top_k)
+    needed = score_topk_workspace_bytes(num_heads=num_heads, head_dim=view.schema.dim, top_k=top_k, device=view.device)
     if workspace is None:
         return torch.empty(needed, dtype=torch.uint8, device=view.device)
     check_tensor(op, "workspace", workspace, dtype=torch.uint8, shape=("bytes",), device=view.device)

@@ -5,13 +5,26 @@
 namespace lightning_indexer {
 
 using uint8_t = unsigned char;
+using uint16_t = unsigned short;
 using int32_t = int;
 using uint32_t = unsigned int;
 using int64_t = long long;
+using uint64_t = unsigned long long;
 
-static_assert(sizeof(uint32_t) == 4 && sizeof(int64_t) == 8, "integer widths");
+static_assert(sizeof(uint32_t) == 4 && sizeof(int64_t) == 8 && sizeof(uint64_t) == 8, "integer widths");
 
 constexpr int kWarpThreads = 32;
 constexpr uint32_t kFullWarp = 0xFFFFFFFFu;
+
+// Element types of a matrix product: how many fill a register, and how many a step of K takes (32 bytes of both).
+struct E4M3 {
+  static constexpr int kPerRegister = 4;
+  static constexpr int kStep = 32;
+};
+
+struct BF16 {
+  static constexpr int kPerRegister = 2;
+  static constexpr int kStep = 16;
+};
 
 }  // namespace lightning_indexer

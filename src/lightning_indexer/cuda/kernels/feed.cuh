@@ -1,0 +1,297 @@
+// How keys get from their pages into the registers of the warps that score them.
+//
+// A tile is kTileEntries entries; warpgroup g of a block scores every kGroups-th of the tiles that the block has seen. A
+// warp takes sixteen entries of a tile, a lane its share of two (keys.cuh). Both feeds keep several tiles under way in
+// shared memory and offer the same:
+//     begin(part, rings)     called by all that score, once the part is known
+//     has_tile()             whether this warpgroup has a tile left
+//     next(rows)             the lane's share of the next one; returns its warp's first entry
+//     release()              once those registers have been used: their place in shared memory may be written again
+#pragma once
+
+#include "keys.cuh"
+#include "work.cuh"
+
+namespace lightning_indexer {
+
+// The pages of a call.
+struct Pages {
+  const uint8_t* storage;
+  const int32_t* block_table;
+  int64_t table_row_stride;  // in entries of the table
+  uint32_t block_stride;     // in bytes
+  uint32_t table_stride;     // in bytes, from column to column
+  uint32_t num_blocks;
+
+  __device__ __forceinline__ uint32_t clamp(int32_t block) const {
+    return min(static_cast<uint32_t>(max(block, 0)), num_blocks - 1);
+  }
+};
+
+// The pages of one sequence up to a length: the table is not read behind the block that holds the last entry.
+template <class Block>
+struct Sequence {
+  const uint8_t* row;  // of the block table
+  uint32_t last_block;
+
+  __device__ __forceinline__ Sequence(const Pages& pages, const Group& group)
+      : row(reinterpret_cast<const uint8_t*>(pages.block_table + group.seq * pages.table_row_stride)),
+        last_block(static_cast<uint32_t>(max(group.longest - 1, 0)) / Block::kEntries) {}
+
+  // The block that holds an entry, as the table has it: clamp it where it is used, so as not to wait here.
+  __device__ __forceinline__ int32_t find(const Pages& pages, uint32_t entry) const {
+    const uint64_t offset = static_cast<uint64_t>(min(entry / Block::kEntries, last_block)) * pages.table_stride;
+    return *reinterpret_cast<const int32_t*>(row + offset);
+  }
+};
+
+// The lane's pieces of one entry, `stride` bytes apart.
+template <class Keys>
+__device__ __forceinline__ void read_pieces(uint32_t address, uint32_t stride, typename Keys::Row& row) {
+#pragma unroll
+  for (int p = 0; p < Keys::kPieces; ++p) {
+    load_shared<Keys::kPieceBytes>(address + p * stride, row.words + p * (Keys::kPieceBytes / 4));
+  }
+}
+
+// --- by the lanes themselves (sm_80 and newer) ------------------------------------------------------------------------
+
+// Every lane copies its own share some tiles ahead and reads it back itself, so nobody waits for anybody.
+template <class Keys, class Block, int kGroups, int kStages>
+struct LaneFeed {
+  static constexpr int kProducerThreads = 0;
+  static constexpr int kStageBytes = 2 * kWarpThreads * (Keys::kPieces * Keys::kPieceBytes + 4 * Keys::kScaleWords);
+  static constexpr int kBytes = kGroups * 4 * kStages * kStageBytes;
+  static_assert((kStages & (kStages - 1)) == 0, "stages are taken in turn");
+
+  const Pages& pages;
+  uint32_t lane, warp;        // of the warpgroup's four
+  uint32_t group;
+  uint32_t pieces, words;     // shared addresses: of the lane's first piece, and of its first scale word
+  Sequence<Block> sequence;
+  Walk walk;
+  uint32_t to_fetch, to_score, stage;
+  int32_t next_block;
+  uint32_t entries[kStages];  // the first of each tile under way, oldest first
+
+  __device__ __forceinline__ explicit LaneFeed(const Pages& pages) : pages(pages), sequence(pages, {}), walk(0, 1) {}
+
+  __device__ static __forceinline__ void take_registers() {}
+  __device__ static __forceinline__ void prepare(uint8_t*, uint32_t) {}
+
+  __device__ __forceinline__ void begin(const Part& part, uint8_t* rings) {  // an equal stretch for each warpgroup
+    const uint32_t thread = this_thread();
+    lane = thread % kWarpThreads, warp = thread / kWarpThreads % 4, group = thread / 128;
+    const uint32_t ring = shared_address(rings) + thread / kWarpThreads * (kStages * kStageBytes);
+    pieces = ring + lane * Keys::kPieceBytes;
+    words = ring + 2 * Keys::kPieces * kWarpThreads * Keys::kPieceBytes + 4 * lane;
+    const uint32_t all = part.end - part.begin, from = all * group / kGroups;
+    to_fetch = to_score = all * (group + 1) / kGroups - from;
+    walk = Walk(part.begin + from, part.group.tiles());
+    sequence = Sequence<Block>(pages, part.group);
+    next_block = to_fetch ? sequence.find(pages, first_entry()) : 0;
+    stage = 0;
+#pragma unroll
+    for (int i = 1; i < kStages; ++i) fetch(i - 1), shift();
+  }
+
+  __device__ __forceinline__ bool has_tile() const { return to_score != 0; }
+  __device__ __forceinline__ uint32_t turn() const { return to_score; }
+
+  __device__ __forceinline__ uint32_t next(typename Keys::Row (&rows)[2]) {
+    fetch((stage + kStages - 1) & (kStages - 1));
+    copy_wait<kStages - 1>();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t offset = stage * kStageBytes;
+      read_pieces<Keys>(pieces + offset + i * Keys::kPieces * kWarpThreads * Keys::kPieceBytes,
+                        kWarpThreads * Keys::kPieceBytes, rows[i]);
+      if constexpr (Keys::kScaleWords) load_shared<4>(words + offset + 4 * i * kWarpThreads, &rows[i].scale);
+    }
+    stage = (stage + 1) & (kStages - 1);
+    --to_score;
+    const uint32_t first = entries[0];
+    shift();
+    return first;
+  }
+
+  __device__ __forceinline__ void release() {}
+
+ private:
+  __device__ __forceinline__ uint32_t first_entry() const { return walk.tile * kTileEntries + warp * 16; }
+
+  __device__ __forceinline__ void shift() {
+#pragma unroll
+    for (int i = 1; i < kStages; ++i) entries[i - 1] = entries[i];
+  }
+
+  __device__ __forceinline__ void fetch(uint32_t target) {
+    const uint32_t entry = entries[kStages - 1] = first_entry();
+    if (to_fetch) {
+      const uint32_t row = entry % Block::kEntries + lane / 4, c = lane % 4;
+      const uint8_t* block = pages.storage + static_cast<uint64_t>(pages.clamp(next_block)) * pages.block_stride;
+      const uint8_t* source = block + row * Block::kDataBytes + c * Keys::kPieceBytes;
+      const uint8_t* scales = block + Block::kScaleOffset + row * Block::kScaleBytes + 4 * Keys::scale_word(c);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int p = 0; p < Keys::kPieces; ++p) {
+          copy_async<Keys::kPieceBytes>(
+              pieces + target * kStageBytes + (i * Keys::kPieces + p) * kWarpThreads * Keys::kPieceBytes,
+              source + 8 * i * Block::kDataBytes + 4 * p * Keys::kPieceBytes);
+        }
+        if constexpr (Keys::kScaleWords) {
+          copy_async<4>(words + target * kStageBytes + 4 * i * kWarpThreads, scales + 8 * i * Block::kScaleBytes);
+        }
+      }
+      walk.advance();
+      if (--to_fetch) next_block = sequence.find(pages, first_entry());
+    }
+    copy_commit();
+  }
+};
+
+// --- by the copy engine (Hopper) --------------------------------------------------------------------------------------
+
+// For each warpgroup, a warp of its own has whole tiles copied, as they lie in their pages, into the warpgroup's slots. The
+// tiles of a block are numbered throughout: tile t goes to slot t % kSlots, to warpgroup t % kGroups, by producer
+// t % kGroups. (A producer for several would wait for one that has met its block to cut lists back, while the block waits
+// for another that gets no tiles. And one warp needs about 600 cycles for a tile, twice what memory does.) Producers need
+// few registers and give the others what they have too many.
+template <class Keys, class Block, int kGroups, int kStages>
+struct BulkFeed {
+  static constexpr int kProducerThreads = kGroups <= 4 ? 128 : 256;  // registers change hands by warpgroups
+  // Registers of a thread come in eights; together no more than the block was launched with, or it waits for ever.
+  static constexpr int kThreads = kGroups * 128 + kProducerThreads, kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kProducerRegisters = 32;
+  static constexpr int kScorerRegisters =
+      (kLaunchRegisters * kThreads - kProducerRegisters * kProducerThreads) / (kGroups * 128) / 8 * 8;
+  static constexpr int kSlots = kGroups * kStages;
+  static constexpr int kDataBytes = kTileEntries * Block::kDataBytes, kScaleBytes = kTileEntries * Block::kScaleBytes;
+  static constexpr int kSlotBytes = kDataBytes + kScaleBytes;
+
+  struct Control {
+    uint64_t full[kSlots], empty[kSlots];
+    uint32_t tiles[kSlots];  // which one lies in a slot
+  };
+  static constexpr int kControlBytes = (sizeof(Control) + 127) / 128 * 128;
+  static constexpr int kBytes = kControlBytes + kSlots * kSlotBytes;
+
+  static_assert((kStages & (kStages - 1)) == 0, "stages are taken in turn");
+
+  // Tiles of a part that go to warpgroup `group`: every kGroups-th from the `first` on.
+  struct Share {
+    uint32_t first, count;
+    __device__ __forceinline__ Share(const Part& part, uint32_t group) {
+      const uint32_t all = part.end - part.begin;
+      first = (group + kGroups - part.number % kGroups) % kGroups;
+      count = first < all ? (all - first + kGroups - 1) / kGroups : 0;
+    }
+  };
+
+  uint32_t group;
+  uint32_t full;           // shared addresses of the warpgroup's first slot: its barrier,
+  uint32_t pieces, words;  // the lane's first piece and scale word
+  uint32_t step, left;     // tiles taken so far; left of this part
+
+  __device__ __forceinline__ explicit BulkFeed(const Pages&) : step(0) {}
+
+  __device__ static __forceinline__ void give_registers() { release_registers<kProducerRegisters>(); }
+  __device__ static __forceinline__ void take_registers() { acquire_registers<kScorerRegisters>(); }
+
+  // One thread calls it before anybody waits.
+  __device__ static __forceinline__ void prepare(uint8_t* rings, uint32_t thread) {
+    if (thread != 0) return;
+    const uint32_t control = shared_address(rings);
+    for (int i = 0; i < kSlots; ++i) {
+      mbarrier_init(control + 8 * i, 1);
+      mbarrier_init(control + 8 * (kSlots + i), 4);  // the warps of a warpgroup
+    }
+    mbarrier_publish();
+  }
+
+  __device__ __forceinline__ void begin(const Part& part, uint8_t* rings) {
+    const uint32_t thread = this_thread(), lane = thread % kWarpThreads, c = lane % 4;
+    const uint32_t row = thread / kWarpThreads % 4 * 16 + lane / 4;
+    group = thread / 128;
+    full = shared_address(rings) + 8 * group;
+    const uint32_t slot = shared_address(rings) + kControlBytes + group * kSlotBytes;
+    pieces = slot + row * Block::kDataBytes + c * Keys::kPieceBytes;
+    words = slot + kDataBytes + row * Block::kScaleBytes + 4 * Keys::scale_word(c);
+    left = Share(part, group).count;
+  }
+  __device__ __forceinline__ bool has_tile() const { return left != 0; }
+  __device__ __forceinline__ uint32_t turn() const { return step; }
+
+  __device__ __forceinline__ uint32_t next(typename Keys::Row (&rows)[2]) {
+    const uint32_t slot = step % kStages * kGroups, barrier = full + 8 * slot;
+    mbarrier_wait(barrier, step / kStages & 1);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t offset = slot * kSlotBytes;
+      read_pieces<Keys>(pieces + offset + 8 * i * Block::kDataBytes, 4 * Keys::kPieceBytes, rows[i]);
+      if constexpr (Keys::kScaleWords) load_shared<4>(words + offset + 8 * i * Block::kScaleBytes, &rows[i].scale);
+    }
+    uint32_t tile;
+    load_shared<4>(barrier + 16 * kSlots - 4 * (slot + group), &tile);
+    return tile * kTileEntries + threadIdx.x / kWarpThreads % 4 * 16;
+  }
+
+  // Not in next(): an arrival may overtake loads that are still under way, and the copy engine would write over what they
+  // are to read.
+  __device__ __forceinline__ void release() {
+    __syncwarp();
+    if (threadIdx.x % kWarpThreads == 0) mbarrier_arrive(full + 8 * (step % kStages * kGroups + kSlots));
+    ++step, --left;
+  }
+
+  // The producer of warpgroup `group`.
+  struct Producer {
+    uint32_t group, step;  // tiles copied so far
+
+    __device__ __forceinline__ explicit Producer(uint32_t group) : group(group), step(0) {}
+
+    // All lanes call it for every part. A tile's bytes are contiguous in runs of kRun entries; a lane looks up and copies
+    // one run.
+    __device__ __forceinline__ void produce(const Pages& pages, uint8_t* rings, const Part& part) {
+      constexpr uint32_t kRun = Block::kEntries % 64 == 0 ? 64 : Block::kEntries % 32 == 0 ? 32 : 16;
+      constexpr uint32_t kCopies = kTileEntries / kRun, kTilesAtOnce = kWarpThreads / kCopies;
+      const uint32_t lane = threadIdx.x % kWarpThreads, run = lane % kCopies;
+      const uint32_t control = shared_address(rings);
+      const Sequence<Block> sequence(pages, part.group);
+      const Share share(part, group);
+#pragma unroll 1
+      for (uint32_t done = 0; done < share.count; done += kTilesAtOnce) {
+        // A look-up for every lane at once; the slots that are full meanwhile hide its latency.
+        const uint32_t mine = min(done + lane / kCopies, share.count - 1);
+        const uint32_t tile = Walk(part.begin + share.first + kGroups * mine, part.group.tiles()).tile;
+        const uint32_t entry = tile * kTileEntries + run * kRun, row = entry % Block::kEntries;
+        const int32_t block = sequence.find(pages, entry);
+        const uint8_t* source = pages.storage + static_cast<uint64_t>(pages.clamp(block)) * pages.block_stride;
+        const uint32_t count = min(share.count - done, kTilesAtOnce);
+#pragma unroll 1
+        for (uint32_t i = 0; i < count; ++i, ++step) {
+          const uint32_t slot = step % kStages * kGroups + group;
+          const uint32_t full = control + 8 * slot, target = control + kControlBytes + slot * kSlotBytes;
+          mbarrier_wait(full + 8 * kSlots, (step / kStages & 1) ^ 1);  // the first time round it counts as released
+          if (lane / kCopies == i) {
+            if (run == 0) {
+              store_shared(control + 16 * kSlots + 4 * slot, tile);
+              mbarrier_expect(full, kSlotBytes);
+            }
+            if constexpr (kCopies > 1) __syncwarp(((1u << kCopies) - 1) << (i * kCopies));  // expected before it arrives
+            copy_bulk(target + run * kRun * Block::kDataBytes, source + row * Block::kDataBytes,
+                      kRun * Block::kDataBytes, full);
+            if constexpr (kScaleBytes > 0) {
+              copy_bulk(target + kDataBytes + run * kRun * Block::kScaleBytes,
+                        source + Block::kScaleOffset + row * Block::kScaleBytes, kRun * Block::kScaleBytes, full);
+            }
+          }
+          __syncwarp();
+        }
+      }
+    }
+  };
+};
+
+}  // namespace lightning_indexer

@@ -1,0 +1,256 @@
+// Selection: candidates as 64-bit keys, a threshold for new ones, the exact top k, and its order.
+//
+// A candidate's key is (order-preserving score bits, 2^32 - 1 - index), as in selection.py: a larger key is a better
+// candidate, equal scores go to the smaller index, and no two keys are equal.
+#pragma once
+
+#include "numeric.cuh"
+#include "ptx.cuh"
+#include "types.cuh"
+
+namespace lightning_indexer {
+
+constexpr uint64_t kNoCandidate = 0;      // below every candidate
+constexpr uint64_t kAnyCandidate = 1;     // a threshold that all pass
+constexpr uint64_t kPadding = ~0ull;      // sorts behind every candidate
+constexpr uint32_t kNanRank = 0x007FFFFEu;  // just below -inf
+
+// Rank of a score: +inf, numbers (+0 equals -0), -inf, NaN.
+__device__ __forceinline__ uint32_t rank_of(float score) {
+  const uint32_t bits = __float_as_uint(score + 0.0f);  // -0 + 0 is +0
+  const uint32_t rank = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+  return score == score ? rank : kNanRank;
+}
+
+__device__ __forceinline__ float score_of(uint32_t rank) {  // NaN is reported as -inf
+  if (rank <= kNanRank) return __uint_as_float(kNegativeInfBits);
+  return __uint_as_float(rank & 0x80000000u ? rank ^ 0x80000000u : ~rank);
+}
+
+__device__ __forceinline__ uint64_t key_of(float score, uint32_t entry) {
+  return static_cast<uint64_t>(rank_of(score)) << 32 | (0xFFFFFFFFu - entry);
+}
+
+__device__ __forceinline__ uint32_t rank_of_key(uint64_t key) { return static_cast<uint32_t>(key >> 32); }
+
+__device__ __forceinline__ uint32_t entry_of_key(uint64_t key) { return 0xFFFFFFFFu - static_cast<uint32_t>(key); }
+
+// A score below this float cannot have a key above `threshold`; a NaN, or a score that is not below, may.
+__device__ __forceinline__ float score_threshold(uint64_t threshold) { return score_of(rank_of_key(threshold)); }
+
+// --- teams ----------------------------------------------------------------------------------------------------------
+
+// Threads of a block that work on one query: kThreads consecutive ones, with a barrier and some shared memory of their
+// own. Every member calls every function.
+template <int kThreads>
+struct Team {
+  static constexpr int kWarps = kThreads / kWarpThreads;
+  static_assert(kThreads % kWarpThreads == 0 && kWarps <= 32, "whole warps, one lane for each");
+
+  static constexpr int kBins = 256;
+
+  struct Scratch {
+    alignas(16) uint32_t bins[2][kBins];
+    uint32_t low, high;  // ranks
+    uint32_t total;
+  };
+
+  int rank;     // of this thread
+  int barrier;  // 0 is the whole block's
+  Scratch& scratch;
+
+  __device__ __forceinline__ void sync() const { barrier_sync<kThreads>(barrier); }
+};
+
+// The keys of a buffer of up to kCapacity, spread over a team.
+template <int kCapacity, int kThreads>
+struct Held {
+  static constexpr int kPerThread = (kCapacity + kThreads - 1) / kThreads;
+  using Members = Team<kThreads>;
+  uint64_t keys[kPerThread];
+
+  __device__ __forceinline__ Held(const Members& team, const uint64_t* buffer, int count) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const int place = i * kThreads + team.rank;
+      keys[i] = place < count ? buffer[place] : kNoCandidate;
+    }
+  }
+
+  // The largest threshold that at least `wanted` keys reach; or any that `wanted` to `wanted + slack` do. `wanted` must
+  // not exceed the number of keys.
+  //
+  // Each round counts the keys of kBins equal stretches of what is left of the range, and goes on with the stretch that
+  // holds the wanted one: two rounds or three where keys are spread, eight at the most.
+  __device__ __forceinline__ uint64_t threshold(const Members& team, uint32_t wanted, uint32_t slack) const {
+    constexpr int kBins = Members::kBins, kPerLane = kBins / kWarpThreads;
+    typename Members::Scratch& scratch = team.scratch;
+    const int lane = team.rank % kWarpThreads;
+    uint32_t top = 0, bottom = ~0u;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      top = ::max(top, rank_of_key(keys[i]));
+      if (keys[i] != kNoCandidate) bottom = ::min(bottom, rank_of_key(keys[i]));
+    }
+    top = __reduce_max_sync(kFullWarp, top), bottom = __reduce_min_sync(kFullWarp, bottom);
+    for (int i = team.rank; i < kBins; i += kThreads) scratch.bins[0][i] = 0;
+    if (team.rank == 0) scratch.low = ~0u, scratch.high = 0;
+    team.sync();
+    if (lane == 0) atomicMin(&scratch.low, bottom), atomicMax(&scratch.high, top);
+    team.sync();
+    uint64_t low = static_cast<uint64_t>(scratch.low) << 32;
+    uint64_t high = static_cast<uint64_t>(scratch.high) << 32 | 0xFFFFFFFFu;
+    if (low == kNoCandidate) low = kAnyCandidate;
+    uint32_t above = 0;  // keys beyond `high`
+    for (int round = 0;; ++round) {  // at least `wanted` reach `low`, fewer lie beyond `high`
+      const int width = 64 - __clzll(static_cast<int64_t>(high - low));
+      const int shift = ::max(width - 8, 0);
+      uint32_t* const bins = scratch.bins[round & 1];
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        if (keys[i] >= low && keys[i] <= high) atomicAdd(&bins[(keys[i] - low) >> shift], 1u);
+      }
+      team.sync();
+      // Every warp finds the bin for itself. Lane l has bins of the l-th stretch from the top.
+      const uint4* mine = reinterpret_cast<const uint4*>(bins + (kWarpThreads - 1 - lane) * kPerLane);
+      const uint4 lower = mine[0], upper = mine[1];
+      const uint32_t counts[kPerLane] = {upper.w, upper.z, upper.y, upper.x, lower.w, lower.z, lower.y, lower.x};
+      uint32_t sum = 0;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) sum += counts[i];
+      uint32_t reach = sum;  // keys in this lane's bins and those above
+#pragma unroll
+      for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+        const uint32_t other = __shfl_up_sync(kFullWarp, reach, distance);
+        if (lane >= distance) reach += other;
+      }
+      const uint32_t lanes = __ballot_sync(kFullWarp, above + reach >= wanted);
+      const int owner = __ffs(static_cast<int>(lanes)) - 1;
+      int bin = (kWarpThreads - lane) * kPerLane - 1;
+      uint32_t beyond = above + reach - sum;
+      bool is_found = false;
+#pragma unroll
+      for (int i = 0; i < kPerLane - 1; ++i) {
+        is_found |= beyond + counts[i] >= wanted;
+        if (!is_found) beyond += counts[i], --bin;
+      }
+      bin = __shfl_sync(kFullWarp, bin, owner);
+      above = __shfl_sync(kFullWarp, beyond, owner);
+      const uint32_t reached = above + bins[bin];
+      low += static_cast<uint64_t>(bin) << shift;
+      high = low + ((1ull << shift) - 1) < high ? low + ((1ull << shift) - 1) : high;
+      if (reached <= wanted + slack || low == high) return low;
+      uint32_t* const next = scratch.bins[(round + 1) & 1];
+      for (int i = team.rank; i < kBins; i += kThreads) next[i] = 0;
+      team.sync();
+    }
+  }
+
+  // Write keys from `threshold` (at least kAnyCandidate) on to `target`, in any order, and return how many there are.
+  // Synchronises before writing, so `target` may be the buffer the keys came from.
+  template <class Transform>
+  __device__ __forceinline__ int collect(
+      const Members& team, uint64_t threshold, uint64_t* target, const Transform& transform) const {
+    uint32_t mine = 0;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) mine += keys[i] >= threshold;
+    const int lane = team.rank % kWarpThreads;
+    uint32_t before = mine;  // inclusive sum over the warp
+#pragma unroll
+    for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+      const uint32_t other = __shfl_up_sync(kFullWarp, before, distance);
+      if (lane >= distance) before += other;
+    }
+    if (team.rank == 0) team.scratch.total = 0;
+    team.sync();
+    uint32_t base = 0;
+    if (lane == kWarpThreads - 1) base = atomicAdd(&team.scratch.total, before);
+    uint32_t place = __shfl_sync(kFullWarp, base, kWarpThreads - 1) + before - mine;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      if (keys[i] >= threshold) target[place++] = transform(keys[i]);
+    }
+    team.sync();
+    return static_cast<int>(*static_cast<volatile uint32_t*>(&team.scratch.total));
+  }
+};
+
+// --- order ----------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ constexpr int power_of_two_at_least(int n) {
+  int size = 1;
+  while (size < n) size *= 2;
+  return size;
+}
+
+// One value per lane: the exchanges of `run` at all distances below 32. `i`: the value's place.
+__device__ __forceinline__ uint64_t merge_within_warp(uint64_t value, int i, int run) {
+  for (int distance = ::min(run, kWarpThreads) / 2; distance > 0; distance /= 2) {
+    const uint64_t other = __shfl_xor_sync(kFullWarp, value, distance);
+    const bool keeps_smaller = ((i & distance) == 0) == ((i & run) == 0);
+    value = (other < value) == keeps_smaller ? other : value;
+  }
+  return value;
+}
+
+// Sort `values` [at least 32, and power_of_two_at_least(count)] ascending (bitonic); those from `count` on are set to
+// padding first.
+template <int kThreads>
+__device__ __forceinline__ void sort_ascending(const Team<kThreads>& team, uint64_t* values, int count) {
+  const int size = ::max(power_of_two_at_least(count), kWarpThreads);
+  for (int i = team.rank; i < size; i += kThreads) {
+    uint64_t value = i < count ? values[i] : kPadding;
+    for (int run = 2; run <= kWarpThreads; run *= 2) value = merge_within_warp(value, i, run);
+    values[i] = value;
+  }
+  team.sync();
+  for (int run = 2 * kWarpThreads; run <= size; run *= 2) {
+    for (int distance = run / 2; distance >= kWarpThreads; distance /= 2) {
+      for (int i = team.rank; i < size / 2; i += kThreads) {
+        const int low = 2 * i - (i & (distance - 1)), high = low + distance;
+        const uint64_t a = values[low], b = values[high];
+        if ((a > b) == ((low & run) == 0)) values[low] = b, values[high] = a;
+      }
+      team.sync();
+    }
+    for (int i = team.rank; i < size; i += kThreads) values[i] = merge_within_warp(values[i], i, run);
+    team.sync();
+  }
+}
+
+// --- results --------------------------------------------------------------------------------------------------------
+
+// Where the results of a call go; strides in elements.
+struct Results {
+  int32_t* __restrict__ indices;
+  int64_t row_stride, column_stride;
+  float* __restrict__ scores;  // may be null
+  int64_t scores_row_stride, scores_column_stride;
+  int32_t top_k;
+  int32_t by_score;
+
+  // A candidate as it is sorted, ascending: best first, or by entry.
+  __device__ __forceinline__ uint64_t sortable(uint64_t key) const {
+    return by_score ? ~key : static_cast<uint64_t>(entry_of_key(key)) << 32 | rank_of_key(key);
+  }
+
+  // Row `row` from `count` sorted candidates. slot_of(entry): what is written for an entry.
+  template <int kThreads, class SlotOf>
+  __device__ __forceinline__ void write(
+      const Team<kThreads>& team, int64_t row, const uint64_t* sorted, int count, const SlotOf& slot_of) const {
+    for (int j = team.rank; j < top_k; j += kThreads) {
+      int32_t index = -1;
+      uint32_t rank = 0;
+      if (j < count) {
+        const uint64_t value = sorted[j];
+        const uint32_t entry = by_score ? entry_of_key(~value) : static_cast<uint32_t>(value >> 32);
+        rank = by_score ? rank_of_key(~value) : static_cast<uint32_t>(value);
+        index = slot_of(entry);
+      }
+      indices[row * row_stride + j * column_stride] = index;
+      if (scores) scores[row * scores_row_stride + j * scores_column_stride] = score_of(rank);
+    }
+  }
+};
+
+}  // namespace lightning_indexer

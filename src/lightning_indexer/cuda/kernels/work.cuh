@@ -1,0 +1,262 @@
+// Who scores what: the work of a call, laid out in a line and cut into equal ranges, one per block of threads.
+//
+// Consecutive queries of one sequence form groups of up to kQueries, which share a pass over the sequence's keys. A
+// group's pass is a number of tiles of kTileEntries entries; a tile costs one unit for reading the keys and one for each
+// product. Every block finds its own range from seq_ids and valid_lens alone, so nothing is planned on the host and a
+// captured graph follows its inputs. Where a range ends inside a group, the group is split: each of its blocks keeps the
+// top k of its part in the workspace, and merge.cu makes one of them.
+//
+// A group's tiles are visited in an order that spreads any stretch of them over the whole sequence (`Walk`), so that
+// thresholds rise early however the scores are arranged.
+#pragma once
+
+#include "memory.cuh"
+#include "ptx.cuh"
+#include "types.cuh"
+
+namespace lightning_indexer {
+
+// A barrier of the first kThreads threads of a block: those that score. (One more warp may feed them, see feed.cuh.)
+template <int kThreads>
+__device__ __forceinline__ void sync_scorers() {
+  barrier_sync<kThreads>(0);
+}
+
+constexpr int kTileEntries = 64;
+
+// The queries of a call: which sequence, how many entries. What lies outside is clamped.
+struct Rows {
+  const int32_t* __restrict__ valid_lens;
+  Indices seq_ids;  // values null: row t is sequence t
+  int32_t count;
+  int64_t num_seqs;
+  int64_t max_entries;
+
+  __device__ __forceinline__ int64_t seq(int row) const {
+    const int64_t seq = seq_ids.values ? seq_ids[row] : row;
+    return seq < 0 ? 0 : seq < num_seqs ? seq : num_seqs - 1;
+  }
+  __device__ __forceinline__ int len(int row) const {
+    const int64_t length = valid_lens[row];
+    return static_cast<int>(length < 0 ? 0 : length < max_entries ? length : max_entries);
+  }
+};
+
+// Queries `row` .. `row + size - 1`, all of sequence `seq`; `longest` of their lengths.
+struct Group {
+  int row, size;
+  int64_t seq;
+  int longest;
+
+  __device__ __forceinline__ int tiles() const {  // at least one, so that some block writes the results
+    return longest <= kTileEntries ? 1 : (longest + kTileEntries - 1) / kTileEntries;
+  }
+};
+
+// The order of visits: kStreams walks, each through its own stretch of the tiles, taken in turn.
+struct Walk {
+  static constexpr uint32_t kStreams = 31;
+  uint32_t tile;
+
+  // From `position` in that order.
+  __device__ __forceinline__ Walk(uint32_t position, uint32_t tiles)
+      : length_(tiles / kStreams), longer_(tiles % kStreams), stream_(position % kStreams), step_(position / kStreams) {
+    tile = stream_ * length_ + min(stream_, longer_) + step_;
+  }
+
+  __device__ __forceinline__ void advance() {
+    tile += length_ + (stream_ < longer_ ? 1 : 0);
+    if (++stream_ == kStreams) stream_ = 0, tile = ++step_;
+  }
+
+ private:
+  uint32_t length_, longer_;  // tiles of a stretch; how many stretches have one more
+  uint32_t stream_, step_;
+};
+
+// A block's part of a group: tiles `begin` .. `end - 1` in the order of visits, an equal stretch for each warpgroup.
+struct Part {
+  Group group;
+  int begin, end;
+  bool is_first, is_last;  // of the group's parts
+  bool is_none;            // there is no further part
+  int last_block;          // that has a part of it
+  uint32_t number;         // tiles of the block's earlier parts
+};
+
+// A block's range of the work, kept in shared memory: what it costs in registers is wanted elsewhere.
+struct Range {
+  int64_t share;       // units of a block
+  int64_t begin, end;  // this block's
+  int64_t start;       // where the next group starts
+  int row;             // and its first query
+  uint32_t number;     // tiles of the parts so far
+};
+
+template <int kQueries, int kPerMma, int kMinTiles>
+struct Planner {
+  const Rows& rows;
+
+  // Find this block's range. One warp calls it: a lane walks its share of the rows.
+  __device__ __forceinline__ void find_range(Range& range) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
+    const int each = (rows.count + kWarpThreads - 1) / kWarpThreads;
+    const int from = min(lane * each, rows.count), to = min(from + each, rows.count);
+
+    int run = -1;  // where the run of equal seq_ids that row `from` continues began
+    if (kQueries > 1) {
+      for (int i = from; i < to; ++i) {
+        if (i == 0 || rows.seq(i) != rows.seq(i - 1)) run = i;
+      }
+      run = exclusive_scan(run, lane, [](int a, int b) { return a > b ? a : b; }, -1);
+    }
+    int64_t mine = 0;
+    uint32_t largest = 0, groups = 0;
+    walk(from, to, run, [&](int i) {
+      const int64_t more = cost(one_group(i));
+      mine += more, largest = max(largest, static_cast<uint32_t>(more)), ++groups;
+    });
+    const int64_t before = exclusive_scan(mine, lane, [](int64_t a, int64_t b) { return a + b; }, int64_t{0});
+    const int64_t total = __shfl_sync(kFullWarp, before + mine, kWarpThreads - 1);
+    largest = __reduce_max_sync(kFullWarp, largest), groups = __reduce_add_sync(kFullWarp, groups);
+    const int64_t share = fair_share(total, largest, groups);
+    const int64_t begin = this_block() * share, end = begin + share < total ? begin + share : total;
+    if (lane == 0) range = {share, begin, end, end, 0, 0};  // nothing to do, unless a group is found
+    __syncwarp();
+    if (begin >= before && begin < before + mine) {
+      int64_t at = before;
+      walk(from, to, run, [&](int i) {
+        const int64_t next = at + cost(one_group(i));
+        if (begin >= at && begin < next) range.start = at, range.row = i;
+        at = next;
+      });
+    }
+    __syncwarp();
+  }
+
+  // The next part of this block. One warp calls it.
+  __device__ __forceinline__ void next(Range& range, Part& part) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
+    if (range.start >= range.end) {
+      part.is_none = true;
+      return;
+    }
+    const int row = range.row + lane;
+    const bool is_row = lane < kQueries && row < rows.count;
+    const int64_t seq = rows.seq(is_row ? row : range.row);
+    const int64_t first_seq = __shfl_sync(kFullWarp, seq, 0);
+    const bool differs = !is_row || seq != first_seq;
+    const int size = __ffs(static_cast<int>(__ballot_sync(kFullWarp, differs))) - 1;
+    const int longest = __reduce_max_sync(kFullWarp, lane < size ? rows.len(row) : 0);
+    if (lane != 0) return;
+    part.is_none = false;
+    part.group = {row, size, seq, longest};
+    const int64_t begin = range.begin, end = range.end, start = range.start;
+    const int64_t each = unit(size), stop = start + cost(part.group);
+    part.begin = begin > start ? static_cast<int>((begin - start + each - 1) / each) : 0;
+    part.end = static_cast<int>(((end < stop ? end : stop) - start + each - 1) / each);
+    part.is_first = begin <= start;
+    part.is_last = stop <= end;
+    part.last_block = static_cast<int>((stop - 1) / range.share);
+    part.number = range.number;
+    range.number += part.end - part.begin;
+    range.row = row + size;
+    range.start = stop;
+  }
+
+ private:
+  // Units of a block: an equal part, but no less than occupies its warpgroups. Where there are no more groups than
+  // blocks, each is cut into as many equal parts as there are blocks for it, or stays whole if that is no later: a cut
+  // costs as much as kCutTiles (measured: selection and merging of a part, 18 us on an H100).
+  __device__ __forceinline__ static int64_t fair_share(int64_t total, int64_t largest, int64_t groups) {
+    constexpr int64_t kCutTiles = 96;
+    const int64_t blocks = all_blocks(), least = kMinTiles * unit(kQueries);
+    int64_t share = (total + blocks - 1) / blocks;
+    if (groups <= blocks) {
+      const int64_t each = blocks / groups, cut = (largest + each - 1) / each;
+      if (largest <= share + kCutTiles * unit(kQueries)) {
+        share = largest;
+      } else if (cut >= share && cut <= share + share / 8) {
+        share = cut;
+      }
+    }
+    return share < least ? least : share;
+  }
+
+  __device__ __forceinline__ static int64_t unit(int size) {
+    return kQueries == 1 ? 1 : 1 + (size + kPerMma - 1) / kPerMma;
+  }
+
+  __device__ __forceinline__ static int64_t cost(const Group& group) { return unit(group.size) * group.tiles(); }
+
+  // Calls visit(i) for every group that begins in rows `from` .. `to - 1`, in a run of equal seq_ids that began at `run`.
+  template <class Visit>
+  __device__ __forceinline__ void walk(int from, int to, int run, const Visit& visit) const {
+    for (int i = from; i < to; ++i) {
+      if (kQueries > 1 && (i == 0 || rows.seq(i) != rows.seq(i - 1))) run = i;
+      if (kQueries == 1 || (i - run) % kQueries == 0) visit(i);
+    }
+  }
+
+  __device__ __forceinline__ Group one_group(int first) const {
+    Group group = {first, 1, 0, rows.len(first)};
+    while (group.size < kQueries && first + group.size < rows.count &&
+           rows.seq(first + group.size) == rows.seq(first)) {
+      group.longest = max(group.longest, rows.len(first + group.size));
+      ++group.size;
+    }
+    return group;
+  }
+
+  template <class Value, class Combine>
+  __device__ __forceinline__ static Value exclusive_scan(
+      Value value, int lane, const Combine& combine, Value neutral) {
+    Value inclusive = value;
+#pragma unroll
+    for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+      const Value other = __shfl_up_sync(kFullWarp, inclusive, distance);
+      if (lane >= distance) inclusive = combine(inclusive, other);
+    }
+    const Value before = __shfl_up_sync(kFullWarp, inclusive, 1);
+    return lane == 0 ? neutral : before;
+  }
+};
+
+// --- workspace ------------------------------------------------------------------------------------------------------
+
+// What the blocks leave behind for the merge. Of block b: the candidates of the group it is at, `kQueries` lists of
+// `capacity` keys, where the first part of a split group stays, best first; `kQueries` lists of top_k keys for a later
+// part; and what to merge. cuda/score_topk.py computes the size.
+struct SplitGroup {
+  int32_t row, size, last_block;  // size 0: no group's first part ended here unfinished
+};
+
+struct Workspace {
+  uint8_t* base;
+  int32_t queries, capacity, top_k;
+
+  __device__ __forceinline__ uint64_t* candidates(int block, int query) const {
+    return lists() + (static_cast<int64_t>(block) * queries + query) * capacity;
+  }
+  __device__ __forceinline__ uint64_t* later_part(int block, int query) const {
+    return lists() + static_cast<int64_t>(all_blocks()) * queries * capacity +
+           (static_cast<int64_t>(block) * queries + query) * top_k;
+  }
+  __device__ __forceinline__ int32_t& first_count(int block, int query) const {
+    return counts()[block * queries + query];
+  }
+  __device__ __forceinline__ int32_t& later_count(int block, int query) const {
+    return counts()[(all_blocks() + block) * queries + query];
+  }
+  __device__ __forceinline__ SplitGroup& split_group(int block) const {
+    return reinterpret_cast<SplitGroup*>(counts() + 2 * all_blocks() * queries)[block];
+  }
+
+ private:
+  __device__ __forceinline__ uint64_t* lists() const { return reinterpret_cast<uint64_t*>(base); }
+  __device__ __forceinline__ int32_t* counts() const {
+    return reinterpret_cast<int32_t*>(lists() + static_cast<int64_t>(all_blocks()) * queries * (capacity + top_k));
+  }
+};
+
+}  // namespace lightning_indexer

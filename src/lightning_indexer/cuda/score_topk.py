@@ -1,0 +1,506 @@
+"""score_topk and index_scores on a GPU: one kernel scores and selects, a second joins split sequences.
+
+`kernels/score.cu` says how; here is the policy: which product serves which operands, and how a block of threads is
+shaped. Nothing is read back from the device and nothing depends on what tensors hold, so a call can be captured in a
+CUDA graph and follows its inputs when replayed.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_indexer.cache.schema import CacheSchema
+from lightning_indexer.cache.view import IndexerView
+from lightning_indexer.cuda.compiler import Specialisation
+from lightning_indexer.cuda.launcher import FLOAT32, INT32, INT64, POINTER, Kernel, device_arch, load_kernel
+from lightning_indexer.cuda.operands import block_type, check_storage
+from lightning_indexer.query import QuantizedQuery
+
+SCORE_PARAMETERS = {
+    "query_data": POINTER,
+    "query_scale": POINTER,
+    "query_format": INT32,
+    "query_global_scale": FLOAT32,
+    "weights": POINTER,
+    "num_tokens": INT32,
+    "num_heads": INT32,
+    "storage": POINTER,
+    "block_stride": INT32,
+    "num_blocks": INT32,
+    "global_scale": FLOAT32,
+    "block_table": POINTER,
+    "table_row_stride": INT64,
+    "table_column_stride": INT32,
+    "num_seqs": INT64,
+    "max_entries": INT64,
+    "valid_lens": POINTER,
+    "seq_ids": POINTER,
+    "seq_ids_are_int64": INT32,
+    "top_k": INT32,
+    "by_score": INT32,
+    "as_slots": INT32,
+    "out": POINTER,
+    "out_row_stride": INT64,
+    "out_column_stride": INT64,
+    "scores_out": POINTER,
+    "scores_row_stride": INT64,
+    "scores_column_stride": INT64,
+    "workspace": POINTER,
+}
+MERGE_PARAMETERS = {
+    "queries": INT32,
+    "capacity": INT32,
+    "top_k": INT32,
+    "by_score": INT32,
+    "as_slots": INT32,
+    "num_blocks": INT32,
+    "block_table": POINTER,
+    "table_row_stride": INT64,
+    "table_column_stride": INT32,
+    "num_seqs": INT64,
+    "seq_ids": POINTER,
+    "seq_ids_are_int64": INT32,
+    "out": POINTER,
+    "out_row_stride": INT64,
+    "out_column_stride": INT64,
+    "scores_out": POINTER,
+    "scores_row_stride": INT64,
+    "scores_column_stride": INT64,
+    "workspace": POINTER,
+}
+ENGINES = ("auto", "portable")
+INDEX_FORMATS = ("mxfp4", "nvfp4", "fp8", "bf16")
+MAX_WORKSPACE_BYTES = 64 * 2**20
+MAX_STRIDE = 2**31 - 1  # bytes from block to block
+
+# In the order of QueryFormat in kernels/query.cuh
+_QUERY_FORMATS = ("mxfp4", "nvfp4", "fp8", "bf16", "fp16", "fp32")
+_PLAIN_QUERIES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_FP8_FORMATS = ("mxfp4", "fp8")  # exact in E4M3, up to a power of two per row
+_FIRST_FP8_ARCH = 89  # mma.sync on E4M3
+_TWO_TERMS = ("fp16", "fp32")  # queries that take two bf16 to hold
+
+_FIRST_TEAMS = 8  # queries per block from which each warpgroup cuts back one of them at a time
+_TILE_ENTRIES = 64
+
+_PADDED_HEADS = (8, 16, 32, 64, 128)
+_MAX_COLUMNS = 128  # of one product
+_MAX_QUERIES_PER_PRODUCT = 4
+_MERGE_THREADS = 512
+_MERGE_SCRATCH_BYTES = 2304  # `MergeShared` of kernels/merge.cu without the candidates
+
+# (largest top_k, candidates per list, most queries per block): lists are at least twice top_k, and those of all blocks
+# fit the workspace.
+_LISTS = ((512, 2048, 16), (2048, 4096, 8), (4096, 8192, 4))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a block of threads of `kernels/score.cu` works; see there."""
+
+    heads: int
+    queries: int
+    per_product: int
+    groups: int
+    capacity: int
+    stages: int
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.groups
+
+    @property
+    def teams(self) -> int:
+        """Queries whose candidates are cut back at the same time, as far as registers hold their candidates."""
+        if self.queries < _FIRST_TEAMS or self.capacity > 2048 and self.groups % 2:
+            return 1
+        return self.groups if self.capacity <= 2048 else self.groups // 2
+
+    @property
+    def offset(self) -> int:
+        """Bytes of `Shared` in kernels/score.cu, which checks that they suffice."""
+        weights = 4 * ((self.heads // 4 + 3) // 4 * 4 + 4) * 4
+        return -(-(self.queries * (self.heads * 8 + weights + 32) + self.teams * 2080 + 512) // 1024) * 1024
+
+    def __str__(self) -> str:
+        numbers = (
+            self.heads,
+            self.queries,
+            self.per_product,
+            self.groups,
+            self.capacity,
+            self.teams,
+            self.stages,
+            self.offset,
+        )
+        return f"Shape<{', '.join(str(number) for number in numbers)}>"
+
+
+@dataclass(frozen=True)
+class Product:
+    """Which matrix product serves a pair of operands."""
+
+    keys: str  # policy in kernels/keys.cuh
+    element: str  # "E4M3" or "BF16"
+    terms: int
+    is_wgmma: bool
+
+    def operand_bytes(self, heads: int, dim: int) -> int:
+        """Shared memory of one query."""
+        row = dim * (1 if self.element == "E4M3" else 2)
+        return heads * self.terms * (max(row, 128) if self.is_wgmma else row)
+
+    def type(self, shape: Shape, dim: int) -> str:
+        name = "Wgmma" if self.is_wgmma else "MmaSync"
+        steps = dim // (32 if self.element == "E4M3" else 16)
+        return f"{name}<{self.element}, {shape.heads * shape.per_product}, {steps}, {self.terms}>"
+
+
+def score_topk(
+    q: Tensor | QuantizedQuery,
+    weights: Tensor,
+    view: IndexerView,
+    valid_lens: Tensor,
+    seq_ids: Tensor | None,
+    *,
+    by_score: bool,
+    as_slots: bool,
+    out: Tensor,
+    scores_out: Tensor | None,
+    workspace: Tensor,
+    engine: str = "auto",
+) -> None:
+    """Fill `out` [T, k] (and `scores_out`) with the best entries of each row.
+
+    The arguments are those of `ops.score_topk.score_topk` and have been checked there; seq_ids None means that query t
+    uses row t of the block table. Runs on the current stream without waiting. What lies out of range is clamped.
+
+    Args:
+        engine: "auto", or "portable" for the kernel of other architectures on Hopper (to compare the two).
+    Raises:
+        NotImplementedError: the GPU or the format of the keys is not served.
+        ValueError: the storage does not start at a multiple of 16 bytes.
+    """
+    num_tokens, top_k = out.shape
+    call = _Call("score_topk", q, weights, view, valid_lens, seq_ids)
+    if num_tokens == 0:
+        return
+    if view.max_entries == 0:
+        out.fill_(-1)
+        if scores_out is not None:
+            scores_out.fill_(-torch.inf)
+        return
+    plan = call.plan(top_k, engine)
+    blocks = min(plan.blocks, call.most_tiles(view.max_entries))
+    outputs = (out.data_ptr(), *out.stride(), *_optional(scores_out))
+    plan.score.launch(
+        (blocks, 1, 1), *call.operands(view.max_entries), top_k, by_score, as_slots, *outputs, workspace.data_ptr()
+    )
+    if blocks > 1:
+        plan.merge.launch(
+            (blocks, plan.shape.queries, 1),
+            plan.shape.queries,
+            plan.shape.capacity,
+            top_k,
+            by_score,
+            as_slots,
+            view.num_blocks,
+            view.block_table.data_ptr(),
+            *view.block_table.stride(),
+            view.num_seqs,
+            *call.seq_ids_arguments(),
+            *outputs,
+            workspace.data_ptr(),
+        )
+
+
+def index_scores(
+    q: Tensor | QuantizedQuery,
+    weights: Tensor,
+    view: IndexerView,
+    valid_lens: Tensor,
+    seq_ids: Tensor | None,
+    out: Tensor,
+    engine: str = "auto",
+) -> None:
+    """Fill `out` [T, max_len] with dense scores, -inf beyond each row's length; entries beyond max_len are left out."""
+    call = _Call("index_scores", q, weights, view, valid_lens, seq_ids)
+    out.fill_(-torch.inf)
+    width = min(view.max_entries, out.shape[1])
+    if len(weights) == 0 or width == 0:
+        return
+    plan = call.plan(0, engine)
+    blocks = min(plan.blocks, call.most_tiles(width))
+    plan.score.launch((blocks, 1, 1), *call.operands(width), 1, 0, 0, 0, 0, 0, out.data_ptr(), *out.stride(), 0)
+
+
+@functools.cache
+def workspace_bytes(top_k: int, device_index: int) -> int:
+    """Bytes that a call with this `top_k` may use on a device, whatever its other operands."""
+    multiprocessors = _multiprocessors(device_index)
+    _, capacity, most = _lists(top_k)
+    return max(
+        _workspace_bytes(_blocks(queries, capacity, top_k, multiprocessors), queries, capacity, top_k)
+        for queries in (1, 2, 4, 8, 16)
+        if queries <= most
+    )
+
+
+def specialisations(schema: CacheSchema, arch: str) -> Iterator[Specialisation]:
+    """All that blocks of `schema` may need for 64 heads, and one for each other number of heads."""
+    if schema.format not in INDEX_FORMATS:
+        return
+    seen: set[Specialisation] = set()
+    for engine in ENGINES if arch == "sm_90a" else ENGINES[:1]:
+        for query_format in _QUERY_FORMATS:
+            for heads in _PADDED_HEADS:
+                for wanted in _queries_wanted(heads):
+                    for top_k in (0, *(most for most, _, _ in _LISTS)) if heads == 64 else (512,):
+                        product = _product(schema, query_format, arch, engine)
+                        shape = _shape(product, schema, heads, wanted, top_k, arch)
+                        seen.add(_score_specialisation(schema, product, shape, top_k == 0, arch))
+    yield from sorted(seen, key=str)
+    for top_k in (512, 2048):
+        yield _merge_specialisation(schema, top_k, arch)
+
+
+def _queries_wanted(heads: int) -> tuple[int, ...]:
+    return (1, 2, 4, 16) if heads == 64 else (1, 16)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a call launches."""
+
+    score: Kernel
+    merge: Kernel
+    shape: Shape
+    blocks: int
+
+
+@functools.cache
+def _plan(
+    schema: CacheSchema, query_format: str, num_heads: int, wanted: int, top_k: int, engine: str, device_index: int
+) -> _Plan:
+    """wanted: queries per block that would suit the call. top_k 0: dense scores."""
+    arch = device_arch(device_index)
+    heads = next(padded for padded in _PADDED_HEADS if padded >= num_heads)
+    product = _product(schema, query_format, arch, engine)
+    shape = _shape(product, schema, heads, wanted, top_k, arch)
+    score = load_kernel(
+        _score_specialisation(schema, product, shape, top_k == 0, arch),
+        device_index,
+        SCORE_PARAMETERS,
+        threads=shape.threads + (_producer_threads(shape) if product.is_wgmma else 0),
+        shared_bytes=_shared_bytes(product, shape, schema),
+    )
+    merge = load_kernel(
+        _merge_specialisation(schema, top_k, arch),
+        device_index,
+        MERGE_PARAMETERS,
+        threads=_MERGE_THREADS,
+        shared_bytes=8 * _merge_capacity(top_k) + _MERGE_SCRATCH_BYTES,
+    )
+    multiprocessors = _multiprocessors(device_index)
+    return _Plan(score, merge, shape, _blocks(shape.queries, shape.capacity, top_k, multiprocessors))
+
+
+def _product(schema: CacheSchema, query_format: str, arch: str, engine: str) -> Product:
+    is_wgmma = arch == "sm_90a" and engine == "auto"
+    is_fp8 = schema.format in _FP8_FORMATS and query_format in _FP8_FORMATS and _arch_number(arch) >= _FIRST_FP8_ARCH
+    keys = {
+        "mxfp4": "Mxfp4AsE4M3" if is_fp8 else "Mxfp4AsBf16",
+        "nvfp4": "Nvfp4AsBf16",
+        "fp8": "Fp8AsE4M3" if is_fp8 else "Fp8AsBf16",
+        "bf16": "Bf16Keys",
+    }[schema.format]
+    terms = 2 if query_format in _TWO_TERMS else 1
+    return Product(f"{keys}<{schema.dim}>", "E4M3" if is_fp8 else "BF16", terms, is_wgmma)
+
+
+def _shape(product: Product, schema: CacheSchema, heads: int, wanted: int, top_k: int, arch: str) -> Shape:
+    """The most queries per block up to `wanted`, then the most tiles under way, that fit shared memory."""
+    _, capacity, most = _lists(top_k)
+    for fewer_groups in (False, True):
+        for queries in (16, 8, 4, 2, 1):
+            per_product = _queries_per_product(product, queries, heads, top_k)
+            groups = 1 if fewer_groups else _groups(product, queries, heads * per_product, capacity)
+            for stages in (4, 2) if product.is_wgmma else (4, 2, 1):
+                shape = Shape(heads, queries, per_product, groups, capacity, stages)
+                fits = _shared_bytes(product, shape, schema) <= _shared_limit(arch)
+                if queries <= min(wanted, most) and fits:
+                    return shape
+    raise AssertionError(f"no shape fits {schema} with {heads} heads on {arch}")
+
+
+def _queries_per_product(product: Product, queries: int, heads: int, top_k: int) -> int:
+    """More than one only where their columns fit the registers: the keys take few, and so does the loop around."""
+    is_roomy = product.is_wgmma and product.element == "E4M3"
+    if is_roomy and (queries >= _FIRST_TEAMS or queries == 2 and top_k > 0):
+        return min(queries, max(_MAX_COLUMNS // heads, 1), _MAX_QUERIES_PER_PRODUCT)
+    return 1
+
+
+def _groups(product: Product, queries: int, columns: int, capacity: int) -> int:
+    """Warpgroups: as many as the registers for keys, a product's columns and a team's candidates leave room for."""
+    if not product.is_wgmma or columns > 64 and (product.element == "BF16" or capacity > 4096):
+        return 3
+    return 5 if product.element == "E4M3" and columns <= 64 and queries < _FIRST_TEAMS else 4
+
+
+def _producer_threads(shape: Shape) -> int:
+    """`kProducerThreads` of the copying feed in kernels/feed.cuh: whole warpgroups, a warp for each that scores."""
+    return 128 if shape.groups <= 4 else 256
+
+
+def _shared_limit(arch: str) -> int:
+    """Bytes of shared memory that a block may have (CUDA programming guide, compute capabilities)."""
+    number = _arch_number(arch)
+    if number in (80, 87):
+        return 163 * 1024
+    return (227 if 90 <= number < 120 else 99) * 1024
+
+
+def _arch_number(arch: str) -> int:
+    return int(arch.removeprefix("sm_").rstrip("af"))
+
+
+def _multiprocessors(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def _lists(top_k: int) -> tuple[int, int, int]:
+    return next(row for row in _LISTS if top_k <= row[0])
+
+
+def _blocks(queries: int, capacity: int, top_k: int, multiprocessors: int) -> int:
+    """Blocks of threads: one per multiprocessor, unless their lists would not fit the workspace."""
+    return min(multiprocessors, MAX_WORKSPACE_BYTES // _workspace_bytes(1, queries, capacity, top_k))
+
+
+def _workspace_bytes(blocks: int, queries: int, capacity: int, top_k: int) -> int:
+    """As `Workspace` in kernels/work.cuh lays it out."""
+    return blocks * (queries * ((capacity + top_k) * 8 + 2 * 4) + 3 * 4)
+
+
+def _shared_bytes(product: Product, shape: Shape, schema: CacheSchema) -> int:
+    """`Shared` of kernels/score.cu, then operands, which later give way to sorted lists, then the rings."""
+    operands = shape.queries * product.operand_bytes(shape.heads, schema.dim)
+    top_k = next(most for most, capacity, _ in _LISTS if capacity == shape.capacity)
+    return shape.offset + max(operands, shape.teams * top_k * 8) + _ring_bytes(product, shape, schema)
+
+
+def _ring_bytes(product: Product, shape: Shape, schema: CacheSchema) -> int:
+    """`kBytes` of the feed in kernels/feed.cuh."""
+    slots = shape.groups * shape.stages
+    if product.is_wgmma:
+        return -(-slots * 20 // 128) * 128 + slots * _TILE_ENTRIES * schema.bytes_per_entry
+    lane_bytes = schema.data_bytes // 4 + (4 if schema.scale_bytes else 0)
+    return slots * 4 * 64 * lane_bytes
+
+
+def _score_specialisation(
+    schema: CacheSchema, product: Product, shape: Shape, is_dense: bool, arch: str
+) -> Specialisation:
+    arguments = (
+        product.keys,
+        product.type(shape, schema.dim),
+        f"{'BulkFeed' if product.is_wgmma else 'LaneFeed'}<{product.keys}, {block_type(schema)}, "
+        f"{shape.groups}, {shape.stages}>",
+        block_type(schema),
+        str(shape),
+        str(product.terms),
+        "true" if is_dense else "false",
+    )
+    return Specialisation("score.cu", "score_topk", arguments, arch)
+
+
+def _merge_specialisation(schema: CacheSchema, top_k: int, arch: str) -> Specialisation:
+    return Specialisation("merge.cu", "merge_topk", (block_type(schema), str(_merge_capacity(top_k))), arch)
+
+
+def _merge_capacity(top_k: int) -> int:
+    """Candidates that a merging block holds: top_k, as many again, and 2,048 that it may read at once."""
+    return 4096 if top_k <= 1024 else 8192
+
+
+class _Call:
+    """The operands of a call as the kernel takes them: contiguous, by address."""
+
+    def __init__(
+        self,
+        op: str,
+        q: Tensor | QuantizedQuery,
+        weights: Tensor,
+        view: IndexerView,
+        valid_lens: Tensor,
+        seq_ids: Tensor | None,
+    ) -> None:
+        if view.schema.format not in INDEX_FORMATS:
+            raise NotImplementedError(
+                f"{op}: on a GPU index keys must be one of {INDEX_FORMATS}, got {view.schema.format!r} "
+                "(impl='reference' serves it)"
+            )
+        check_storage(op, view)
+        if view.schema.stride > MAX_STRIDE:
+            raise NotImplementedError(
+                f"{op}: on a GPU block_stride must be at most {MAX_STRIDE} bytes, got {view.schema.stride}"
+            )
+        self.view = view
+        if isinstance(q, QuantizedQuery):
+            self.query_format, data, scale, self.global_scale = q.format, q.data, q.scale, q.global_scale
+        else:
+            self.query_format, data, scale, self.global_scale = _PLAIN_QUERIES[q.dtype], q, None, 1.0
+        self.data, self.weights, self.valid_lens = data.contiguous(), weights.contiguous(), valid_lens.contiguous()
+        self.scale = None if scale is None else scale.contiguous()
+        self.seq_ids = None if seq_ids is None else seq_ids.contiguous()
+
+    def plan(self, top_k: int, engine: str) -> _Plan:
+        """What to launch; top_k 0: dense scores."""
+        schema, num_heads = self.view.schema, self.weights.shape[1]
+        device_index = self.view.storage.device.index
+        return _plan(schema, self.query_format, num_heads, self._queries_per_seq(), top_k, engine, device_index)
+
+    def most_tiles(self, max_entries: int) -> int:
+        """Tiles of entries that the call can have, by its shapes."""
+        return len(self.weights) * -(-max_entries // _TILE_ENTRIES)
+
+    def operands(self, max_entries: int) -> tuple[float, ...]:
+        view = self.view
+        num_tokens, num_heads = self.weights.shape
+        return (
+            self.data.data_ptr(),
+            0 if self.scale is None else self.scale.data_ptr(),
+            _QUERY_FORMATS.index(self.query_format),
+            self.global_scale,
+            self.weights.data_ptr(),
+            num_tokens,
+            num_heads,
+            view.storage.data_ptr(),
+            view.schema.stride,
+            view.num_blocks,
+            view.global_scale,
+            view.block_table.data_ptr(),
+            *view.block_table.stride(),
+            view.num_seqs,
+            max_entries,
+            self.valid_lens.data_ptr(),
+            *self.seq_ids_arguments(),
+        )
+
+    def _queries_per_seq(self) -> int:
+        """Queries per block that suit the call, from its shapes: 1, 2, 4 or 16."""
+        if self.seq_ids is None:
+            return 1
+        average = -(-len(self.weights) // max(self.view.num_seqs, 1))
+        return next((n for n in (1, 2, 4) if average <= n), 16)
+
+    def seq_ids_arguments(self) -> tuple[int, int]:
+        return (0, 0) if self.seq_ids is None else (self.seq_ids.data_ptr(), self.seq_ids.dtype == torch.int64)
+
+
+def _optional(scores_out: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if scores_out is None else (scores_out.data_ptr(), scores_out.stride(0), scores_out.stride(1))

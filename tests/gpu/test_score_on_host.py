@@ -1,0 +1,217 @@
+"""The CUDA kernels of score_topk and index_scores, compiled by a host compiler and run there thread by thread.
+
+Selections are held against the dense scores of the same kernels, and those against float64: the layouts of keys,
+queries and products, the division of work among blocks, feeding, selection and merging. Warps are scheduled at random
+and copies land late (host_cuda.h), so a barrier that is missing shows as a wrong result or a deadlock, with some luck.
+It needs a C++ compiler and glibc, nothing of CUDA.
+"""
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Problem, adversarial_row, check_scores, check_topk, make_problem, problem_with_scores
+from torch import Tensor
+
+from lightning_indexer.cuda import launcher
+from lightning_indexer.cuda import score_topk as cuda
+from lightning_indexer.cuda.compiler import KERNEL_FOLDER, Specialisation
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++")
+BLOCKS = 3  # multiprocessors of the imaginary GPU
+pytestmark = pytest.mark.skipif(
+    COMPILER is None or not sys.platform.startswith("linux"), reason="needs g++ and glibc's ucontext"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Queries of `valid_lens` entries each on one sequence (or `seq_ids`), for one architecture."""
+
+    format: str
+    query_format: str
+    arch: str
+    valid_lens: tuple[int, ...]
+    seq_ids: tuple[int, ...] = ()
+    num_heads: int = 8
+    head_dim: int = 64
+    entries_per_block: int = 64
+    top_k: int = 100
+    blocks: int = BLOCKS
+
+    def problem(self, seed: int = 0) -> Problem:
+        seq_ids = self.seq_ids or (0,) * len(self.valid_lens)
+        lens = [
+            max(n for n, s in zip(self.valid_lens, seq_ids, strict=True) if s == seq) for seq in range(max(seq_ids) + 1)
+        ]
+        return make_problem(
+            lens,
+            format=self.format,
+            query_format=self.query_format,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            entries_per_block=self.entries_per_block,
+            valid_lens=self.valid_lens,
+            seq_ids=seq_ids,
+            seed=seed,
+        )
+
+    def __str__(self) -> str:
+        shape = f"h{self.num_heads}-d{self.head_dim}-block{self.entries_per_block}-k{self.top_k}"
+        return f"{self.format}-{self.query_format}-{self.arch}-{len(self.valid_lens)}x{max(self.valid_lens)}-{shape}"
+
+
+# One query over a sequence that all blocks share; a long chunk in groups of sixteen, whose lists run full; drafts; rows
+# of several sequences, one of them empty; two bf16 terms; the portable engine in both arithmetics.
+CASES = [
+    Case("mxfp4", "mxfp4", "sm_90a", (12_000,)),
+    Case("mxfp4", "fp8", "sm_90a", tuple(range(2400, 2420)), num_heads=16, blocks=2, top_k=300),
+    Case("nvfp4", "nvfp4", "sm_90a", (500, 501, 130, 131), (1, 1, 0, 0), num_heads=24, entries_per_block=16),
+    Case("fp8", "fp8", "sm_90a", (300, 0, 65), (0, 1, 2), head_dim=128, entries_per_block=256),
+    Case("bf16", "fp32", "sm_90a", (4000, 3999, 3990) * 2, (0, 0, 0, 1, 1, 1), top_k=300, blocks=7),
+    Case("mxfp4", "mxfp4", "sm_80", (700, 64, 0), (0, 1, 1), entries_per_block=48),
+    Case("mxfp4", "mxfp4", "sm_89", (9000,), blocks=7),
+]
+ADVERSARIAL = Case("bf16", "bf16", "sm_90a", (5000, 64, 1), (0, 1, 2), blocks=2)
+
+
+class HostKernel:
+    """Stands in for `launcher.Kernel`."""
+
+    def __init__(self, function: ctypes._CFuncPtr, parameters: dict[str, str], threads: int) -> None:
+        self.function, self.threads = function, threads
+        self.arguments = launcher._ArgumentBuffer("".join(parameters.values()))
+
+    def launch(self, grid: tuple[int, int, int], *arguments: float) -> None:
+        x, y, z = grid
+        assert x >= 1 and y >= 1 and z == 1, f"an empty or unexpected grid {grid}"
+        self.function(x, y, self.threads, ctypes.c_void_p(self.arguments.pack(arguments)))
+
+
+def specialisations(case: Case) -> list[Specialisation]:
+    """What a case launches, dense scores included."""
+    wanted: list[Specialisation] = []
+
+    def load(specialisation: Specialisation, *_: object, **__: object) -> None:
+        wanted.append(specialisation)
+
+    problem = case.problem()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "load_kernel", load)
+        patch.setattr(cuda, "device_arch", lambda _index: case.arch)
+        patch.setattr(cuda, "_multiprocessors", lambda _index: case.blocks)
+        cuda._plan.cache_clear()
+        view = problem.cache.view
+        call = cuda._Call("test", problem.q, problem.weights, view, problem.valid_lens, problem.seq_ids)
+        for top_k in (0, case.top_k):
+            call.plan(top_k, "auto")
+    cuda._plan.cache_clear()
+    return wanted
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes._CFuncPtr]:
+    """Every specialisation of the cases, by its expression; each a library of its own, compiled side by side."""
+    folder = tmp_path_factory.mktemp("host")
+    for path in KERNEL_FOLDER.iterdir():
+        shutil.copy(path, folder)
+    shutil.copy(HERE / "host_ptx.cuh", folder / "ptx.cuh")
+    shutil.copy(HERE / "host_wgmma.cuh", folder / "wgmma.cuh")
+    wanted = {s.expression: s.source for case in [*CASES, ADVERSARIAL] for s in specialisations(case)}
+    options = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared", "-w", f"-I{HERE}"]
+    assert COMPILER is not None
+    started = []
+    for i, (expression, source) in enumerate(wanted.items()):
+        (folder / f"{i}.cpp").write_text(
+            '#include "host_cuda.h"\n'
+            f'#include "{source}"\n'
+            "using namespace lightning_indexer;\n"
+            'extern "C" void launch_kernel(unsigned x, unsigned y, unsigned threads, void** arguments) '
+            f"{{ host_cuda::launch({expression}, x, y, threads, arguments); }}\n"
+        )
+        command = [COMPILER, *options, f"{i}.cpp", "-o", f"{i}.so"]
+        started.append(subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True))
+    for process in started:
+        errors = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, errors[-4000:]
+    return {name: ctypes.CDLL(str(folder / f"{i}.so")).launch_kernel for i, name in enumerate(wanted)}
+
+
+@pytest.fixture
+def on_host(library: dict[str, ctypes._CFuncPtr], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the wrappers find the host's kernels."""
+
+    def load(specialisation: Specialisation, _index: object, parameters: dict[str, str], **options: int) -> HostKernel:
+        return HostKernel(library[specialisation.expression], parameters, options["threads"])
+
+    monkeypatch.setattr(cuda, "load_kernel", load)
+    yield
+    cuda._plan.cache_clear()
+
+
+def run_dense(problem: Problem) -> Tensor:
+    out = torch.full((len(problem.weights), int(problem.valid_lens.max())), torch.nan)
+    cuda.index_scores(problem.q, problem.weights, problem.cache.view, problem.valid_lens, problem.seq_ids, out)
+    return out
+
+
+def run_topk(
+    q: object,
+    weights: Tensor,
+    view: object,
+    *,
+    top_k: int,
+    valid_lens: Tensor,
+    seq_ids: Tensor,
+    order: str,
+    output: str,
+    return_scores: bool,
+) -> tuple[Tensor, Tensor]:
+    indices, scores = torch.full((len(weights), top_k), -7, dtype=torch.int32), torch.full((len(weights), top_k), 7.0)
+    workspace = torch.full((cuda.workspace_bytes.__wrapped__(top_k, None),), 255, dtype=torch.uint8)
+    options = {"by_score": order == "score", "as_slots": output == "slot"}
+    cuda.score_topk(
+        q, weights, view, valid_lens, seq_ids, **options, out=indices, scores_out=scores, workspace=workspace
+    )
+    return indices, scores
+
+
+@pytest.fixture
+def imagine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Case], None]:
+    """Make the wrappers see the case's GPU."""
+
+    def see(case: Case) -> None:
+        monkeypatch.setattr(cuda, "device_arch", lambda _index: case.arch)
+        monkeypatch.setattr(cuda, "_multiprocessors", lambda _index: case.blocks)
+        cuda._plan.cache_clear()
+
+    return see
+
+
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_selection_is_the_stable_sort_of_dense_scores(case: Case, imagine: Callable[[Case], None]) -> None:
+    imagine(case)
+    problem = case.problem()
+    dense = run_dense(problem)
+    check_scores(dense, problem, 1e-5)
+    for order, output in (("index", "entry"), ("score", "slot")):
+        check_topk(run_topk, problem, case.top_k, order=order, output=output, dense=dense)
+
+
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("kind", ["all-zero", "zero-plateau", "last-bit", "sorted-up", "nan", "inf-and-nan"])
+def test_adversarial_rows(kind: str, imagine: Callable[[Case], None]) -> None:
+    """Lists run full of ties, of ever better scores, of NaN."""
+    imagine(ADVERSARIAL)
+    problem = problem_with_scores([adversarial_row(kind, n) for n in (5000, 64, 1)], "bf16")
+    dense = run_dense(problem)
+    for top_k, order in ((1, "index"), (64, "score"), (500, "index")):
+        check_topk(run_topk, problem, top_k, order=order, dense=dense)
