@@ -1,6 +1,9 @@
 """The command line: what the demo reports, that its checks can fail, and how wrong use is told."""
 
 import json
+import re
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +13,15 @@ import torch
 from typer.testing import CliRunner, Result
 
 from lightning_indexer import doctor
-from lightning_indexer.bench.agreement import compare
+from lightning_indexer.bench.agreement import Agreement, compare
 from lightning_indexer.bench.memory import watch
 from lightning_indexer.cache.pool import PagedPool
 from lightning_indexer.cache.schema import CacheSchema
 from lightning_indexer.cache.view import IndexerView
 from lightning_indexer.cli import app
-from lightning_indexer.demo import layer, picture, screen
+from lightning_indexer.cuda import compiler, launcher
+from lightning_indexer.cuda.store import Store
+from lightning_indexer.demo import device, layer, picture, screen
 from lightning_indexer.demo import run as run_module
 from lightning_indexer.demo.passages import PLANTED
 from lightning_indexer.demo.text import build_context, read_paragraphs, tokenize
@@ -30,6 +35,7 @@ SMALL = ("--tokens", "2048", "--top-k", "64")
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # what a GPU does is in gpu/test_layer_gpu.py
 
 
 def run(*arguments: str) -> Result:
@@ -127,8 +133,7 @@ def test_seed_decides_the_whole_selection() -> None:
         (["--tokens", "1000"], "--tokens must lie in 1024..1048576, got 1000"),
         (["--top-k", "0"], "--top-k must lie in 1..4096, got 0"),
         (["--seed", "-1"], "--seed must lie in 0..4294967295, got -1"),
-        (["--device", "cuda"], "--device cuda: scoring has no CUDA kernel yet (use --device cpu)"),
-        (["--device", "tpu"], "--device must be auto or cpu, got 'tpu'"),
+        (["--device", "tpu"], "--device must be one of auto, cpu, cuda, got 'tpu'"),
         (["--output", "empty.txt"], "empty.txt: File exists"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
@@ -139,6 +144,60 @@ def test_wrong_use_is_told_in_one_line(arguments: list[str], message: str) -> No
     Path("binary.txt").write_bytes(b"\xff\xfe\x00words")
     result = run("demo", *arguments)
     assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"error: {message}\n")
+
+
+@pytest.fixture
+def gpu_without_wheels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As far as the command line looks: torch sees a GPU, but nothing can be compiled for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_index: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_index: (9, 0))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    for cached in (compiler.compiler_version, launcher.device_arch):
+        cached.cache_clear()
+    yield
+    launcher.device_arch.cache_clear()
+
+
+def test_asking_for_a_gpu_where_there_is_none() -> None:
+    result = run("demo", "--device", "cuda")
+    message = f"error: --device cuda: torch {torch.__version__} finds no CUDA GPU\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", message)
+    assert not Path("demo-output").exists()
+
+
+@pytest.mark.usefixtures("gpu_without_wheels")
+def test_a_gpu_that_cannot_be_used_is_named_with_the_reason() -> None:
+    hint = "the CUDA implementation needs cuda-core and NVRTC: pip install 'lightning-indexer[cuda13]'"
+    result = run("demo", *SMALL, "--device", "cuda")
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: --device cuda: {hint}"), result.output
+    assert result.stderr.count("\n") == 1
+    report = run_json(*SMALL)
+    assert report["device"] == "cpu" and report["device_name"].startswith("CPU, ")
+    assert report["device_note"].startswith(f"the NVIDIA H100 80GB HBM3 is not used: {hint}")
+    words = " ".join(run("demo", *SMALL).stdout.split())
+    assert "Device CPU, 1 threads the NVIDIA H100 80GB HBM3 is not used: the CUDA implementation needs" in words
+
+
+def test_a_report_from_a_gpu_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "choose_device", lambda _option: device.Device(torch.device("cpu"), "NVIDIA H200"))
+    assert "Device     NVIDIA H200\n" in re.sub(" +\n", "\n", run("demo", *SMALL).stdout)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (75.24, "75.2 s"),
+        (1.5, "1.50 s"),
+        (0.9994, "999 ms"),
+        (0.0123, "12.3 ms"),
+        (3.4e-7, "0.34 us"),
+        (450.4, "450 s"),
+    ],
+)
+def test_durations_are_readable(seconds: float, text: str) -> None:
+    assert screen.duration(seconds) == text
 
 
 def test_a_wrong_selection_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +232,56 @@ def test_a_query_for_another_sentence_ranks_it_badly(monkeypatch: pytest.MonkeyP
 def test_doctor_is_content() -> None:
     result = run("doctor")
     assert result.exit_code == 0, result.output
-    assert "256 of 256 choices" in result.stdout and "no CUDA kernel yet" in result.stdout
+    assert "CPU check          ok: 256 of 256 choices" in result.stdout
+    for row in ("GPU", "CUDA", "compiler", "kernel cache", "GPU check"):
+        assert re.search(rf"^{row} +\S", result.stdout, re.MULTILINE), result.stdout
+
+
+def test_doctor_without_a_gpu_says_what_could_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.core")
+    monkeypatch.setenv("LIGHTNING_INDEXER_CACHE", str(tmp_path / "cache"))
+    Store(tmp_path / "cache").write("0" * 64, b"x" * 200_000, {})
+    monkeypatch.setenv("COLUMNS", "300")
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^compiler +nvrtc [\d.]+.*, for sm_80, .*sm_90, ", result.stdout, re.MULTILINE), result.stdout
+    assert f"{tmp_path / 'cache'}: 1 kernels, 0.2 MB" in result.stdout
+    assert f"not run: torch {torch.__version__} finds no CUDA GPU" in result.stdout
+
+
+@pytest.mark.usefixtures("gpu_without_wheels")
+def test_doctor_without_the_wheels_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^GPU +NVIDIA H100 80GB HBM3, compute capability 9.0; .* for sm_90a", result.stdout, re.MULTILINE)
+    hint = r"the CUDA implementation needs cuda-core and NVRTC: pip install 'lightning-indexer\[cuda13\]'"
+    for row in ("compiler +none", "GPU check +not run"):
+        assert re.search(f"^{row}: {hint}", result.stdout, re.MULTILINE), result.stdout
+
+
+def test_doctor_survives_a_bad_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_INDEXER_CACHE", "kernels")
+    result = run("doctor")
+    assert result.exit_code == 0 and "must be an absolute path, got 'kernels'" in result.stdout, result.output
+
+
+def test_doctor_fails_where_the_gpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = doctor.check_selection
+
+    def broken(place: torch.device) -> Agreement:
+        if place.type == "cuda":
+            raise RuntimeError("launch failed")
+        return right(place)
+
+    monkeypatch.setattr(doctor, "obstacle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(doctor, "check_selection", broken)
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert (
+        "CPU check          ok" in result.stdout and "GPU check          RuntimeError: launch failed" in result.stdout
+    )
 
 
 def test_doctor_fails_where_the_selection_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
-"""The command line: `lightning-indexer demo | bench | doctor`."""
+"""The command line: `lightning-indexer demo | bench | doctor | compile`."""
 
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lightning_indexer.cuda.compiler import CompileError, Specialisation
+from lightning_indexer.cuda.environment import Environment
+from lightning_indexer.cuda.store import Store
 from lightning_indexer.demo.options import FORMATS, DemoError, Options
 
 app = typer.Typer(
@@ -31,7 +35,7 @@ def demo(
     format: Annotated[str, typer.Option(help=f"Index keys: {', '.join(FORMATS)}.")] = "mxfp4",
     tokens: Annotated[int, typer.Option(help="Length of the context.")] = 131_072,
     top_k: Annotated[int, typer.Option(help="Entries that each query chooses.")] = 512,
-    device: Annotated[str, typer.Option(help="auto or cpu (scoring has no CUDA kernel yet).")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU where the kernels run on it), cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout, and nothing else.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("demo-output"),
@@ -45,20 +49,26 @@ def demo(
 @app.command()
 def bench(
     peer: Annotated[
-        list[str] | None, typer.Option(help="Time this implementation too, on the same operands: transformers.")
+        list[str] | None,
+        typer.Option(
+            help="Time this implementation too, on the same operands: transformers (CPU), deep_gemm, flashinfer (GPU)."
+        ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Two small cases.")] = False,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each case.")] = 5,
-    output: Annotated[Path, typer.Option(help="Folder for cpu.jsonl and cpu.png.")] = Path("bench-output"),
+    quick: Annotated[bool, typer.Option("--quick", help="A few small cases.")] = False,
+    repeats: Annotated[
+        int | None,
+        typer.Option(min=1, help="Timed runs of each case. Default: 5; on a GPU what fits a fraction of a second."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the JSON lines and the plot.")] = Path("bench-output"),
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
+    only: Annotated[list[str] | None, typer.Option(help="Only cases with this in their name; repeatable.")] = None,
 ) -> None:
-    """Check, then time score_topk over a grid of shapes; write JSON lines and a plot."""
-    from lightning_indexer.bench.peers import PEERS
+    """Check, then time score_topk (on a GPU also gather_kv and append_entries) over a grid of shapes; write JSON lines
+    and a plot."""
+    from lightning_indexer.bench.command import run_bench
 
-    unknown = [name for name in peer or () if name not in PEERS]
     with _one_line_errors():
-        if unknown:
-            raise DemoError(f"--peer must be one of {', '.join(PEERS)}, got {unknown[0]}")
-        _bench(peer or [], quick, repeats, output)
+        run_bench(device, peer or [], only or [], quick=quick, repeats=repeats, output=output, console=Console())
 
 
 @app.command()
@@ -70,15 +80,44 @@ def doctor() -> None:
         raise typer.Exit(_WRONG_RESULT)
 
 
+@app.command("compile")
+def compile_kernels(
+    arch: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_90a, ...; repeatable. Default: that of this machine's GPU.")
+    ] = None,
+    format: Annotated[list[str] | None, typer.Option(help="Index keys; repeatable. Default: all formats.")] = None,
+    kv_format: Annotated[list[str] | None, typer.Option(help="KV entries; repeatable. Default: all formats.")] = None,
+    entries_per_block: Annotated[
+        list[int] | None, typer.Option(help="Of index keys and KV entries; repeatable. Default: 64.")
+    ] = None,
+    head_dim: Annotated[int, typer.Option(help="Of index keys: 64 or 128.")] = 128,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one per core.")] = None,
+) -> None:
+    """Fill the cache of compiled CUDA kernels ahead of time; this needs no GPU."""
+    from lightning_indexer.cuda import score_topk, warmup
+
+    with _one_line_errors((ValueError, ImportError, NotImplementedError)):
+        wanted = warmup.kernels(
+            arch or (),
+            format or score_topk.INDEX_FORMATS,
+            kv_format or warmup.KV_FORMATS,
+            entries_per_block or (64,),
+            head_dim,
+        )
+        _compile(wanted, jobs or os.cpu_count() or 1)
+
+
 def _demo(options: Options, output: Path, *, as_json: bool) -> None:
     from lightning_indexer.demo import picture, screen
+    from lightning_indexer.demo.device import choose_device
     from lightning_indexer.demo.run import run_demo
 
+    device = choose_device(options.device)
     drawing = picture.has_matplotlib()
     if drawing:  # before the work, so that a folder that cannot be made is told at once
         output.mkdir(parents=True, exist_ok=True)
     with _progress() as progress:
-        report, rows = run_demo(options, progress)
+        report, rows = run_demo(options, device, progress)
     if drawing:
         path = output / picture.FILE_NAME
         picture.draw(report, rows, path)
@@ -91,25 +130,18 @@ def _demo(options: Options, output: Path, *, as_json: bool) -> None:
         raise typer.Exit(_WRONG_RESULT)
 
 
-def _bench(peers: list[str], quick: bool, repeats: int, output: Path) -> None:
-    from lightning_indexer.bench import screen
-    from lightning_indexer.bench.cases import GRID, QUICK_GRID
-    from lightning_indexer.bench.run import run_grid, write_lines
+def _compile(wanted: list[Specialisation], jobs: int) -> None:
+    from lightning_indexer.cuda import warmup
 
-    output.mkdir(parents=True, exist_ok=True)
-    console, records = Console(), []
-    for record in run_grid(QUICK_GRID if quick else GRID, peers=peers, repeats=repeats):
-        records.append(record)
-        write_lines(output / "cpu.jsonl", records)  # after each case, so that a run cut short keeps what it has
-        console.print(screen.line(record), soft_wrap=True)
+    store = Store(Environment.read().cache_folder)
     try:
-        from lightning_indexer.bench.plot import plot
-
-        plot(records, output / "cpu.png")
-    except ModuleNotFoundError as error:
-        console.print(f"no plot: {error.name} is missing (pip install 'lightning-indexer[plots]')")
-    console.print(screen.table(records))
-    console.print(f"written to {output}", soft_wrap=True)
+        with _progress() as progress:
+            task = progress.add_task("Compiling kernels", total=len(wanted))
+            done = warmup.fill(wanted, store, jobs=jobs, advance=lambda number: progress.advance(task, number))
+    except CompileError as error:  # its message is the specialisation and the compiler's log
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(_WRONG_RESULT) from None
+    typer.echo(f"{done.compiled} kernels compiled, {done.found} were there, {done.seconds:.1f} s, in {done.folder}")
 
 
 def _progress() -> Progress:
@@ -120,11 +152,11 @@ def _progress() -> Progress:
 
 
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turn what the user can put right into one line on stderr."""
+def _one_line_errors(kinds: tuple[type[Exception], ...] = (DemoError,)) -> Iterator[None]:
+    """Turn what the user can put right, OSError among it, into one line on stderr."""
     try:
         yield
-    except DemoError as error:
+    except kinds as error:
         message = str(error)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}"

@@ -137,7 +137,7 @@ def machine_record() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "version": lightning_indexer.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -157,7 +157,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checkout's commit, with a + where files differ from it; None for an installed package."""
     here = Path(__file__).parent
     try:
