@@ -1,6 +1,7 @@
 """`lightning-indexer demo`: real text in, a paged FP4 cache, a selection that is checked, a report and a picture.
 
 options.py    what the command line asks
+device.py     CPU or GPU
 text.py       paragraphs -> tokens, with the planted sentences spliced in
 passages.py   what is planted, and what is asked
 model.py      stand-in hidden states, and weights under which a score means similarity

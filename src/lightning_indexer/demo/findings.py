@@ -39,8 +39,10 @@ def memory_sizes(layer: Layer, use: MemoryUse, num_queries: int, num_tokens: int
     heads = config.indexer_num_heads
     return report.Memory(
         select_rise=use.rise,
-        process_peak=use.peak,
-        workspace=score_topk_workspace_bytes(num_heads=heads, head_dim=config.indexer_head_dim, top_k=config.csa_top_k),
+        peak=use.peak,
+        workspace=score_topk_workspace_bytes(
+            num_heads=heads, head_dim=config.indexer_head_dim, top_k=config.csa_top_k, device=layer.device
+        ),
         dense_scores=num_queries * row,
         eager_scores=num_queries * heads * row,
         prefill_dense_scores=num_tokens * row,

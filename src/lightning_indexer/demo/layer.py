@@ -8,7 +8,14 @@ from torch import Tensor
 
 from lightning_indexer.cache.handle import LayerCacheHandle
 from lightning_indexer.config import CSA_RATIO
-from lightning_indexer.demo.model import LAYER, config_for, make_compressor, make_indexer, project_main_query
+from lightning_indexer.demo.model import (
+    LAYER,
+    config_for,
+    make_compressor,
+    make_indexer,
+    make_main_query,
+    project_main_query,
+)
 from lightning_indexer.demo.options import Options
 from lightning_indexer.nn.norm import rms_norm
 from lightning_indexer.ops.attention import sparse_attention
@@ -53,13 +60,14 @@ class Queries:
 
 
 class Layer:
-    """One CSA layer with the demo's weights, and its caches for one sequence."""
+    """One CSA layer with the demo's weights, and its caches for one sequence, on one device."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, device: torch.device) -> None:
         self.config = config_for(options.top_k)
-        self.seed = options.seed
-        self.indexer = make_indexer(self.config, options.seed)
-        self.compressor = make_compressor(self.config)
+        self.device = device
+        self.indexer = make_indexer(self.config, options.seed).to(device)
+        self.compressor = make_compressor(self.config).to(device)
+        self.main_query = make_main_query(self.config, options.seed).to(device)  # fp32 [H * D, hidden]
         self.num_entries = options.tokens // CSA_RATIO
         self.cache = LayerCacheHandle(
             self.config,
@@ -68,11 +76,15 @@ class Layer:
             num_blocks=-(-self.num_entries // _ENTRIES_PER_BLOCK),
             entries_per_block=_ENTRIES_PER_BLOCK,
             index_format=options.format,
+            device=device,
         )
         self.cache.alloc(_SEQ)
 
     def write(self, vectors: Tensor, tokens: Tensor, advance: Advance) -> None:
-        """Compress the context [N], whose hidden states are rows of `vectors`, and write its entries."""
+        """Compress the context [N], whose hidden states are rows of `vectors`, and write its entries.
+
+        Both on the layer's device.
+        """
         cache = self.cache
         assert cache.indexer_state is not None and cache.compressor_state is not None, "a CSA layer has both"
         for ids in tokens.split(_TOKENS_PER_STEP):
@@ -86,9 +98,9 @@ class Layer:
         """Queries of hidden states [T, hidden], each as if it were that of the context's last token."""
         num_queries = len(hidden)
         latents = rms_norm(hidden, None, self.config.rms_norm_eps)
-        positions = torch.full((num_queries,), self.cache.num_tokens(_SEQ) - 1)
+        positions = torch.full((num_queries,), self.cache.num_tokens(_SEQ) - 1, device=self.device)
         q, weights = self.indexer.query(latents, hidden, positions, self.cache.paged.schema.format)
-        seq_ids = torch.full((num_queries,), _SEQ, dtype=torch.int32)
+        seq_ids = torch.full((num_queries,), _SEQ, dtype=torch.int32, device=self.device)
         return Queries(latents, q, weights, positions, visible_entries(positions, CSA_RATIO), seq_ids)
 
     def select(self, queries: Queries) -> tuple[Tensor, Tensor]:
@@ -112,8 +124,8 @@ class Layer:
     def attend(self, queries: Queries, indices: Tensor, advance: Advance) -> tuple[Tensor, Tensor]:
         """Attention of each query over its chosen entries, without a window: out [T, H, D] and lse [T, H]."""
         view, parts = self.cache.read_kv_view(), []
-        q = project_main_query(self.config, queries.latents, queries.positions, self.seed)
-        for rows in torch.arange(len(indices)).split(_QUERIES_PER_TILE):
+        q = project_main_query(self.config, self.main_query, queries.latents, queries.positions)
+        for rows in torch.arange(len(indices), device=self.device).split(_QUERIES_PER_TILE):
             kv = gather_kv(view, indices[rows], seq_ids=queries.seq_ids[rows])
             no_window = kv[:, :0]
             scale = self.config.head_dim**-0.5
@@ -126,9 +138,9 @@ class Layer:
     def full_lse(self, queries: Queries) -> Tensor:
         """fp32 [T, H]: log-sum-exp of the attention over all entries, a tile of them at a time."""
         view = self.cache.read_kv_view()
-        q = project_main_query(self.config, queries.latents, queries.positions, self.seed).float()
-        total = torch.full(q.shape[:2], -torch.inf)
-        for entries in torch.arange(self.num_entries).split(_ENTRIES_PER_TILE):
+        q = project_main_query(self.config, self.main_query, queries.latents, queries.positions).float()
+        total = torch.full(q.shape[:2], -torch.inf, device=self.device)
+        for entries in torch.arange(self.num_entries, device=self.device).split(_ENTRIES_PER_TILE):
             kv = gather_kv(view, entries.unsqueeze(0), seq_ids=queries.seq_ids[:1])[0].float()  # [n, D]
             logits = q @ kv.T * self.config.head_dim**-0.5  # [T, H, n]
             total = torch.logaddexp(total, torch.logsumexp(logits, dim=-1))

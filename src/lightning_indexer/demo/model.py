@@ -1,8 +1,9 @@
 """A stand-in for a trained model: hidden states from hashed n-grams, and weights under which a score means similarity.
 
-Nothing here is learned. A hidden state is 64 groups of 8 channels, one group per indexer head: 7 feature channels and
-one that is always 1. Every word, twice, and every character trigram of a word are hashed to a group and to a sign
-pattern of its feature channels, so head h listens to the n-grams that hash to h. The weights of the CSA layer are then
+Nothing here is learned, and all of it is made on the CPU, so that every device gets the same. A hidden state is 64
+groups of 8 channels, one group per indexer head: 7 feature channels and one that is always 1. Every word, twice, and
+every character trigram of a word are hashed to a group and to a sign pattern of its feature channels, so head h listens
+to the n-grams that hash to h. The weights of the CSA layer are then
 
     index keys      a seeded random projection of all features into the channels that RoPE leaves alone (`key_basis`)
     index queries   the same projection, in head h of group h alone; so <q_h, K_s> is how much of the passage's group h
@@ -119,8 +120,8 @@ class Vocabulary:
 def make_indexer(config: DSV4Config, seed: int) -> CSAIndexer:
     """The layer's indexer, its weights loaded."""
     basis = key_basis(config, seed)  # [head_dim, hidden]
-    per_head = torch.zeros(NUM_GROUPS, *basis.shape)
-    proj = torch.zeros(NUM_GROUPS, HIDDEN_SIZE)
+    per_head = torch.zeros(NUM_GROUPS, *basis.shape, device="cpu")
+    proj = torch.zeros(NUM_GROUPS, HIDDEN_SIZE, device="cpu")
     for head in range(NUM_GROUPS):
         channels = slice(head * GROUP_CHANNELS, (head + 1) * GROUP_CHANNELS)
         per_head[head, :, channels] = basis[:, channels]
@@ -139,13 +140,18 @@ def make_compressor(config: DSV4Config) -> Compressor:
     return compressor
 
 
-def project_main_query(config: DSV4Config, c_Q: Tensor, positions: Tensor, seed: int) -> Tensor:
-    """bf16 [T, num_heads, head_dim]: main queries tied to the KV entries; each head looks at half of the features."""
-    generator = torch.Generator().manual_seed(seed)
-    basis = value_basis(config)
-    seen = torch.rand(config.num_heads, 1, HIDDEN_SIZE, generator=generator) < 0.5
-    q = F.linear(c_Q, (basis * seen).flatten(0, 1).to(c_Q.dtype)).unflatten(-1, (config.num_heads, config.head_dim))
-    return apply_rope(rms_norm(q, None, config.rms_norm_eps), positions, layer_frequencies(config, LAYER))
+def make_main_query(config: DSV4Config, seed: int) -> Tensor:
+    """fp32 [num_heads * head_dim, hidden]: main queries tied to the KV entries; each head sees half of the features."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    seen = torch.rand(config.num_heads, 1, HIDDEN_SIZE, generator=generator, device="cpu") < 0.5
+    return (value_basis(config) * seen).flatten(0, 1)
+
+
+def project_main_query(config: DSV4Config, weight: Tensor, c_Q: Tensor, positions: Tensor) -> Tensor:
+    """[T, num_heads, head_dim] in c_Q's dtype, by the weight of `make_main_query`."""
+    q = F.linear(c_Q, weight.to(c_Q.dtype)).unflatten(-1, (config.num_heads, config.head_dim))
+    frequencies = layer_frequencies(config, LAYER).to(c_Q.device)
+    return apply_rope(rms_norm(q, None, config.rms_norm_eps), positions, frequencies)
 
 
 def key_basis(config: DSV4Config, seed: int) -> Tensor:
@@ -154,19 +160,19 @@ def key_basis(config: DSV4Config, seed: int) -> Tensor:
     The directions of a group are orthonormal, so that words of one group are told apart as well as their signs allow.
     """
     unrotated = config.indexer_head_dim - config.rope_head_dim
-    generator = torch.Generator().manual_seed(seed)
-    groups = torch.linalg.qr(torch.randn(NUM_GROUPS, unrotated, GROUP_FEATURES, generator=generator)).Q
-    basis = torch.zeros(config.indexer_head_dim, NUM_GROUPS, GROUP_CHANNELS)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    groups = torch.linalg.qr(torch.randn(NUM_GROUPS, unrotated, GROUP_FEATURES, generator=generator, device="cpu")).Q
+    basis = torch.zeros(config.indexer_head_dim, NUM_GROUPS, GROUP_CHANNELS, device="cpu")
     basis[:unrotated, :, :GROUP_FEATURES] = groups.transpose(0, 1)
     return basis.flatten(1)
 
 
 def value_basis(config: DSV4Config) -> Tensor:
     """fp32 [head_dim, hidden]: a channel of its own for each feature, zero in the channels that RoPE rotates."""
-    features = torch.arange(HIDDEN_SIZE).view(NUM_GROUPS, GROUP_CHANNELS)[:, :GROUP_FEATURES].flatten()
+    features = torch.arange(HIDDEN_SIZE, device="cpu").view(NUM_GROUPS, GROUP_CHANNELS)[:, :GROUP_FEATURES].flatten()
     assert len(features) == config.head_dim - config.rope_head_dim, "as many features as unrotated channels"
-    basis = torch.zeros(config.head_dim, HIDDEN_SIZE)
-    basis[torch.arange(len(features)), features] = 1.0
+    basis = torch.zeros(config.head_dim, HIDDEN_SIZE, device="cpu")
+    basis[torch.arange(len(features), device="cpu"), features] = 1.0
     return basis
 
 
@@ -175,8 +181,8 @@ def _mean_compressor(basis: Tensor) -> dict[str, Tensor]:
     return {
         "wkv.weight": both_windows,
         "wgate.weight": torch.zeros_like(both_windows),
-        "ape": torch.zeros(CSA_RATIO, len(both_windows)),
-        "norm.weight": torch.ones(len(basis)),
+        "ape": torch.zeros(CSA_RATIO, len(both_windows), device="cpu"),
+        "norm.weight": torch.ones(len(basis), device="cpu"),
     }
 
 

@@ -31,6 +31,7 @@ class Seconds:
     """Wall time of each stage."""
 
     text: float
+    prepare: float  # weights, and on a GPU compiling or loading the kernels
     build: float
     queries: float
     select: float
@@ -40,14 +41,15 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. Measured: what selection added, and the process's peak (None where the system does not tell).
+    """Bytes. Measured: what selection added, and the highest use (None where the system does not tell): of the process,
+    or on a GPU of what torch allocates there.
 
     For comparison, fp32: dense scores [queries, entries]; the eager [queries, heads, entries] before the head sum; and
     both for a prefill of the whole context at once.
     """
 
     select_rise: int | None
-    process_peak: int | None
+    peak: int | None
     workspace: int
     dense_scores: int
     eager_scores: int
@@ -96,7 +98,9 @@ class Report:
     version: str
     source: str
     seed: int
-    device: str
+    device: str  # "cpu" or "cuda"
+    device_name: str
+    device_note: str | None  # why a GPU that is there is not used
     threads: int
     tokens: int
     source_tokens: int

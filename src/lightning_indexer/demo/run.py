@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 
 import torch
 from rich.progress import Progress
+from torch import Tensor
 
 import lightning_indexer
-from lightning_indexer.bench import memory
 from lightning_indexer.bench.agreement import compare
 from lightning_indexer.demo import findings, report
+from lightning_indexer.demo.device import Device
 from lightning_indexer.demo.layer import Advance, Layer
 from lightning_indexer.demo.model import Vocabulary
 from lightning_indexer.demo.options import Options
-from lightning_indexer.demo.passages import PLANTED, Passage, make_passages
+from lightning_indexer.demo.passages import NUM_PASSAGES, PLANTED, Passage, make_passages
 from lightning_indexer.demo.text import Context, build_context, read_paragraphs, tokenize
 
 NUM_CHECKED = 32
@@ -34,9 +35,10 @@ class Row:
 
 @dataclass
 class Stages:
-    """A progress bar and a wall time for each stage."""
+    """A progress bar and a wall time for each stage, what it enqueued on the device included."""
 
     progress: Progress
+    device: Device
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -45,29 +47,34 @@ class Stages:
         task = self.progress.add_task(description, total=total)
         start = time.perf_counter()
         yield lambda done: self.progress.advance(task, done)
+        self.device.wait()
         self.seconds[name] = time.perf_counter() - start
         self.progress.update(task, total=total or 1, completed=total or 1)
 
 
 @torch.no_grad()
-def run_demo(options: Options, progress: Progress) -> tuple[report.Report, list[Row]]:
+def run_demo(options: Options, device: Device, progress: Progress) -> tuple[report.Report, list[Row]]:
     """Run every stage; returns the report and the rows of the picture.
 
     Raises:
         DemoError: the text cannot be used.
     """
-    stages = Stages(progress)
+    stages = Stages(progress, device)
     with stages("text", "Reading the text"):
         context = _load_context(options)
         vocabulary = Vocabulary(context)
-    layer = Layer(options)
+    with stages("prepare", "Compiling kernels" if device.is_gpu else "Making the layer"):
+        vectors, tokens = vocabulary.vectors.to(device.place), context.tokens.to(device.place)
+        if device.is_gpu:
+            _rehearse(Layer(options, device.place), vectors, tokens)
+        layer = Layer(options, device.place)
     with stages("build", "Writing the cache", options.tokens) as advance:
-        layer.write(vocabulary.vectors, context.tokens, advance)
+        layer.write(vectors, tokens, advance)
     with stages("queries", "Making queries"):
         passages = make_passages(context, built_in_text=options.text_file is None, seed=options.seed)
         hidden = vocabulary.summarise([tokenize(passage.text) for passage in passages])
-        queries = layer.ask(hidden.to(vocabulary.vectors.dtype))
-    with stages("select", "Selecting entries"), memory.watch() as memory_use:
+        queries = layer.ask(hidden.to(vectors))
+    with stages("select", "Selecting entries"), device.watch_memory() as memory_use:
         indices, scores = layer.select(queries)
     with stages("attend", "Attending to them", len(passages)) as advance:
         _, lse = layer.attend(queries, indices, advance)
@@ -83,7 +90,9 @@ def run_demo(options: Options, progress: Progress) -> tuple[report.Report, list[
         version=lightning_indexer.__version__,
         source="pydoc_data.topics" if options.text_file is None else str(options.text_file),
         seed=options.seed,
-        device="cpu",
+        device=device.place.type,
+        device_name=device.name,
+        device_note=device.note,
         threads=torch.get_num_threads(),
         tokens=options.tokens,
         source_tokens=context.source_tokens,
@@ -101,6 +110,15 @@ def run_demo(options: Options, progress: Progress) -> tuple[report.Report, list[
     )
     drawn = [*range(len(PLANTED)), *shown]
     return result, [_row(passages[i], indices[i].tolist(), context) for i in drawn]
+
+
+def _rehearse(layer: Layer, vectors: Tensor, tokens: Tensor) -> None:
+    """Run once, on a small part, what is timed later, so that the kernels are compiled or found, and loaded."""
+    layer.write(vectors, tokens[:NUM_PASSAGES], lambda _done: None)
+    queries = layer.ask(vectors[tokens[:NUM_PASSAGES]])
+    indices, _ = layer.select(queries)
+    layer.attend(queries, indices, lambda _done: None)
+    layer.scores(queries.take([0]))
 
 
 def _load_context(options: Options) -> Context:

@@ -11,6 +11,7 @@ from lightning_indexer.demo.report import Example, Found, Planted, Report
 
 PICTURE_HINT = "no picture: matplotlib is missing (pip install 'lightning-indexer[plots]')"
 
+_TIME_UNITS = ((1, "s"), (1e3, "ms"), (1e6, "us"))
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -34,6 +35,12 @@ def size(num_bytes: int | None) -> str:
             break
         value /= 1000
     return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """A readable time, to three digits or so."""
+    value, unit = next(((seconds * k, u) for k, u in _TIME_UNITS if seconds * k >= 1), (seconds * 1e6, "us"))
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
 
 
 def percent(part: int, whole: int) -> str:
@@ -71,6 +78,7 @@ def _facts(report: Report) -> Table:
 
 def _fact_lines(report: Report) -> list[tuple[RenderableType, ...]]:
     return [
+        ("Device", *_device_lines(report)),
         ("Context", *_context_lines(report)),
         ("Cache", *_cache_lines(report)),
         ("Time", *_time_lines(report)),
@@ -78,6 +86,11 @@ def _fact_lines(report: Report) -> list[tuple[RenderableType, ...]]:
         ("Exactness", Text(agreement_line(report), style="bold green" if report.agreement.complete else "bold red")),
         ("Attention", _attention_line(report)),
     ]
+
+
+def _device_lines(report: Report) -> list[RenderableType]:
+    note = [] if report.device_note is None else [Text(report.device_note, style="yellow")]
+    return [Text(report.device_name), *note]
 
 
 def _context_lines(report: Report) -> list[RenderableType]:
@@ -102,11 +115,14 @@ def _cache_lines(report: Report) -> list[RenderableType]:
 
 def _time_lines(report: Report) -> list[RenderableType]:
     seconds = report.seconds
-    per_query = 1000 * seconds.select / report.num_queries
-    return [
-        f"build {seconds.build:.1f} s ({report.tokens / seconds.build:,.0f} tokens/s, {report.threads} CPU threads)",
-        f"select {seconds.select:.2f} s ({per_query:.2f} ms per query), gather and attend {seconds.attend:.1f} s",
+    per_query = duration(seconds.select / report.num_queries)
+    lines: list[RenderableType] = [
+        f"build {duration(seconds.build)} ({report.tokens / seconds.build:,.0f} tokens/s)",
+        f"select {duration(seconds.select)} ({per_query} per query), gather and attend {duration(seconds.attend)}",
     ]
+    if report.device == "cuda":
+        lines.append(f"before that, kernels compiled or loaded in {duration(seconds.prepare)}")
+    return lines
 
 
 def _memory_lines(report: Report) -> list[RenderableType]:
@@ -122,7 +138,12 @@ def _memory_lines(report: Report) -> list[RenderableType]:
         size(memory.prefill_eager_scores),
         f"the same for a prefill of all {report.tokens:,} tokens ({size(memory.prefill_dense_scores)} summed)",
     )
-    table.add_row(size(memory.process_peak), "peak of the whole process, torch and the text included")
+    whole = (
+        "torch's allocations on the GPU"
+        if report.device == "cuda"
+        else "the whole process, torch and the text included"
+    )
+    table.add_row(size(memory.peak), f"peak of {whole}")
     return [table]
 
 
