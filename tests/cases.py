@@ -254,6 +254,27 @@ class Problem:
             return self.weights[t].double().cpu().numpy() @ np.maximum(self.q_values[t] @ self.keys(t).T, 0)
 
 
+# Of mxfp4 groups in which no code is above 0.5 (0x99) or 1.5 (0xBB): what is left of each byte, and a row's scales
+LOW_CODES = [(mask, scales) for mask in (0x99, 0xBB) for scales in ((127, 110), (110, 127), (0, 0), (230, 230), (3, 0))]
+
+
+def with_low_codes(problem: Problem, mask: int, scales: tuple[int, int]) -> Problem:
+    """The problem with other mxfp4 keys, whose largest values lie far below what their scales allow.
+
+    A quantiser would give such a group a smaller scale, if there is one.
+    """
+
+    def plant(_seq: int, data: np.ndarray, scale: np.ndarray) -> None:
+        data &= mask
+        scale[:, ::2], scale[:, 1::2] = scales
+
+    view = problem.cache.view
+    rng = np.random.default_rng(0)
+    keys = [rng.normal(size=values.shape).astype(np.float32) for values in problem.cache.values]
+    cache = make_cache(keys, "mxfp4", entries_per_block=view.schema.entries_per_block, edit=plant)
+    return replace(problem, cache=cache)
+
+
 def copy_strided(x: torch.Tensor, device: str) -> torch.Tensor:
     """A copy of `x` and of all memory that it lies in; `Tensor.to` would squeeze out what is between the rows."""
     memory = torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())

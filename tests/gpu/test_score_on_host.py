@@ -7,6 +7,7 @@ It needs a C++ compiler and glibc, nothing of CUDA.
 """
 
 import ctypes
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Problem, adversarial_row, check_scores, check_topk, make_problem, problem_with_scores
+from cases import (
+    LOW_CODES,
+    Problem,
+    adversarial_row,
+    check_scores,
+    check_topk,
+    make_problem,
+    problem_with_scores,
+    with_low_codes,
+)
 from torch import Tensor
 
 from lightning_indexer.cuda import launcher
@@ -79,6 +89,7 @@ CASES = [
     Case("mxfp4", "mxfp4", "sm_80", (700, 64, 0), (0, 1, 1), entries_per_block=48),
     Case("mxfp4", "mxfp4", "sm_89", (9000,), blocks=7),
 ]
+IN_E4M3, IN_BF16 = CASES[0], CASES[5]  # what mxfp4 keys are turned into
 ADVERSARIAL = Case("bf16", "bf16", "sm_90a", (5000, 64, 1), (0, 1, 2), blocks=2)
 
 
@@ -215,3 +226,24 @@ def test_adversarial_rows(kind: str, imagine: Callable[[Case], None]) -> None:
     dense = run_dense(problem)
     for top_k, order in ((1, "index"), (64, "score"), (500, "index")):
         check_topk(run_topk, problem, top_k, order=order, dense=dense)
+
+
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize(("mask", "scales"), LOW_CODES)
+@pytest.mark.parametrize("case", [IN_E4M3, IN_BF16], ids=["e4m3", "bf16"])
+def test_groups_of_low_codes(case: Case, mask: int, scales: tuple[int, int], imagine: Callable[[Case], None]) -> None:
+    imagine(case)
+    problem = with_low_codes(case.problem(), mask, scales)
+    check_scores(run_dense(problem), problem, 1e-5)
+
+
+def test_queries_may_begin_anywhere() -> None:
+    """The kernel reads them in pieces of 16 bytes; a slice of a buffer need not start at one."""
+    problem = IN_BF16.problem()
+    data = problem.q.data
+    memory = torch.empty(data.numel() + 1, dtype=torch.uint8)
+    memory[1:] = data.flatten().view(torch.uint8)
+    q = dataclasses.replace(problem.q, data=memory[1:].view(data.dtype).view(data.shape))
+    assert q.data.is_contiguous() and q.data.data_ptr() % 16
+    call = cuda._Call("test", q, problem.weights, problem.cache.view, problem.valid_lens, problem.seq_ids)
+    assert call.data.data_ptr() % 16 == 0 and torch.equal(call.data, data)

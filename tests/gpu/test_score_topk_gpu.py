@@ -22,6 +22,7 @@ import pytest
 import torch
 from cases import (
     ADVERSARIAL_KINDS,
+    LOW_CODES,
     POISON,
     TOPK_CASES,
     Problem,
@@ -33,6 +34,7 @@ from cases import (
     make_problem,
     make_query,
     problem_with_scores,
+    with_low_codes,
 )
 from engines import ENGINES, Engine, fp8_tensor_cores, promised_error, workspace_bytes
 from hypothesis import given, settings
@@ -187,6 +189,13 @@ def test_groups_far_below_the_largest(engine: Engine, binades: int) -> None:
     scores = engine.dense(problem.to(DEVICE))
     check_scores(scores, problem, None)
     check_scores(scores[:1], problem.take([0]), 5e-4)
+
+
+@pytest.mark.parametrize(("mask", "scales"), LOW_CODES)
+@pytest.mark.parametrize("query_format", ["mxfp4", "bf16"])
+def test_groups_of_low_codes(engine: Engine, query_format: str, mask: int, scales: tuple[int, int]) -> None:
+    problem = with_low_codes(make_problem([200], **MXFP4, query_format=query_format), mask, scales)
+    check_scores(engine.dense(problem.to(DEVICE)), problem, promised_error("mxfp4", query_format))
 
 
 @pytest.mark.parametrize("zero_group_byte", [1, 200, 254])

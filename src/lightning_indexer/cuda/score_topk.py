@@ -16,7 +16,7 @@ from lightning_indexer.cache.schema import CacheSchema
 from lightning_indexer.cache.view import IndexerView
 from lightning_indexer.cuda.compiler import Specialisation
 from lightning_indexer.cuda.launcher import FLOAT32, INT32, INT64, POINTER, Kernel, device_arch, load_kernel
-from lightning_indexer.cuda.operands import block_type, check_storage
+from lightning_indexer.cuda.operands import ALIGNMENT, block_type, check_storage
 from lightning_indexer.query import QuantizedQuery
 
 SCORE_PARAMETERS = {
@@ -454,7 +454,7 @@ class _Call:
             self.query_format, data, scale, self.global_scale = q.format, q.data, q.scale, q.global_scale
         else:
             self.query_format, data, scale, self.global_scale = _PLAIN_QUERIES[q.dtype], q, None, 1.0
-        self.data, self.weights, self.valid_lens = data.contiguous(), weights.contiguous(), valid_lens.contiguous()
+        self.data, self.weights, self.valid_lens = _aligned(data), weights.contiguous(), valid_lens.contiguous()
         self.scale = None if scale is None else scale.contiguous()
         self.seq_ids = None if seq_ids is None else seq_ids.contiguous()
 
@@ -500,6 +500,12 @@ class _Call:
 
     def seq_ids_arguments(self) -> tuple[int, int]:
         return (0, 0) if self.seq_ids is None else (self.seq_ids.data_ptr(), self.seq_ids.dtype == torch.int64)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Contiguous, from a multiple of 16 bytes on: the kernel reads several values at once."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 
 def _optional(scores_out: Tensor | None) -> tuple[int, int, int]:

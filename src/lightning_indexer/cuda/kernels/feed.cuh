@@ -1,8 +1,7 @@
 // How keys get from their pages into the registers of the warps that score them.
 //
-// A tile is kTileEntries entries; warpgroup g of a block scores every kGroups-th of the tiles that the block has seen. A
-// warp takes sixteen entries of a tile, a lane its share of two (keys.cuh). Both feeds keep several tiles under way in
-// shared memory and offer the same:
+// A tile is kTileEntries entries, for one warpgroup: a warp takes sixteen of them, a lane its share of two (keys.cuh).
+// Both feeds keep several tiles under way in shared memory and offer the same:
 //     begin(part, rings)     called by all that score, once the part is known
 //     has_tile()             whether this warpgroup has a tile left
 //     next(rows)             the lane's share of the next one; returns its warp's first entry
@@ -166,6 +165,7 @@ struct BulkFeed {
   static constexpr int kProducerRegisters = 32;
   static constexpr int kScorerRegisters =
       (kLaunchRegisters * kThreads - kProducerRegisters * kProducerThreads) / (kGroups * 128) / 8 * 8;
+  static_assert(kScorerRegisters <= 256, "setmaxnreg gives no more");
   static constexpr int kSlots = kGroups * kStages;
   static constexpr int kDataBytes = kTileEntries * Block::kDataBytes, kScaleBytes = kTileEntries * Block::kScaleBytes;
   static constexpr int kSlotBytes = kDataBytes + kScaleBytes;

@@ -131,7 +131,9 @@ struct Mxfp4 {
     int top = scale_byte == kUE8M0Nan ? kNan : exponent == kNone ? kNone : scale + exponent;
     top = max(top, __shfl_xor_sync(kFullWarp, top, 1));
     top = max(top, __shfl_xor_sync(kFullWarp, top, 2));
-    const int reference = top == kNone ? 127 : top - 2;  // the scale of a group whose largest value is 4 or 6
+    // The scale of a group whose largest value is 4 or 6; in bf16, where elements may be larger, of one with 1 or 1.5, so
+    // that no group lies more than a binade above it.
+    const int reference = top == kNone ? 127 : kShift ? top - 2 : min(top, 254);
     if (!is_mine) return;
     relative = exponent == kNone ? 0 : scale - reference;
     factor = top == kNan ? __uint_as_float(kNanBits) : power_of_two_field(reference - kShift);

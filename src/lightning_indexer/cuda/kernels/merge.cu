@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
   results.write(team, row, list, kept, [&](uint32_t entry) {
     const int first = static_cast<int>(entry);
     if (!as_slots) return first;
-    const int32_t block = block_table[seq * table_row_stride + first / Block::kEntries * table_column_stride];
+    const int64_t column = first / Block::kEntries;
+    const int32_t block = block_table[seq * table_row_stride + column * table_column_stride];
     return (block < 0 ? 0 : block < num_blocks ? block : num_blocks - 1) * Block::kEntries + first % Block::kEntries;
   });
 }

@@ -2,7 +2,8 @@
 //
 // A head's values are brought below 2 by a power of two, which goes into its weight with all other factors; a query's
 // weights are brought below 1 by another power of two where they would leave the range in which fp32 sums are safe. So
-// no product or sum overflows where the score does not, and everything but the last rounding to fp32 is exact.
+// no product or sum overflows where the score does not (but with bf16 keys beyond 2^118, which are taken as they are), and
+// everything but the last rounding to fp32 is exact.
 #pragma once
 
 #include "keys.cuh"

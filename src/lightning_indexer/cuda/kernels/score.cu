@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
   uint8_t* const operands = dynamic_shared + Shape::kOffset;
   uint8_t* const rings = operands + (kOperandBytes > kSortBytes ? kOperandBytes : kSortBytes);
   const uint32_t thread = threadIdx.x, lane = thread % kWarpThreads, c = lane % 4;
-  const uint32_t group_index = thread / 128, warp_in_group = thread / kWarpThreads % 4;
+  const uint32_t group_index = thread / 128;
   const Queries queries = {query_data, query_scale, weights, static_cast<QueryFormat>(query_format), num_heads,
                            &shared.factor};
   const Rows rows = {valid_lens, {seq_ids, seq_ids_are_int64}, num_tokens, num_seqs, max_entries};
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
         const uint32_t query = q + (kPerMma > 1 && c & 2 ? kKept : 0);
 #pragma unroll
         for (int i = 0; i < kKept; ++i) {
-          // The factors go together first: their product is in range where the score is.
+          // The factors go together first: where they leave the range, all but the smallest scores do.
           const float2 row_scale = shared.row_scales[query + i];
           const float key_scale = Keys::kScaled ? (c & 1 ? factor[1] : factor[0]) : 1.0f;
           const float value = score[i] * (key_scale * row_scale.x * row_scale.y);

@@ -16,7 +16,7 @@
 
 namespace lightning_indexer {
 
-// A barrier of the first kThreads threads of a block: those that score. (One more warp may feed them, see feed.cuh.)
+// A barrier of the first kThreads threads of a block: those that score. (Others may feed them, see feed.cuh.)
 template <int kThreads>
 __device__ __forceinline__ void sync_scorers() {
   barrier_sync<kThreads>(0);
@@ -74,7 +74,7 @@ struct Walk {
   uint32_t stream_, step_;
 };
 
-// A block's part of a group: tiles `begin` .. `end - 1` in the order of visits, an equal stretch for each warpgroup.
+// A block's part of a group: tiles `begin` .. `end - 1` in the order of visits; a feed shares them out to warpgroups.
 struct Part {
   Group group;
   int begin, end;
