@@ -65,7 +65,6 @@ struct LaneFeed {
 
   const Pages& pages;
   uint32_t lane, warp;        // of the warpgroup's four
-  uint32_t group;
   uint32_t pieces, words;     // shared addresses: of the lane's first piece, and of its first scale word
   Sequence<Block> sequence;
   Walk walk;
@@ -80,11 +79,11 @@ struct LaneFeed {
 
   __device__ __forceinline__ void begin(const Part& part, uint8_t* rings) {  // an equal stretch for each warpgroup
     const uint32_t thread = this_thread();
-    lane = thread % kWarpThreads, warp = thread / kWarpThreads % 4, group = thread / 128;
+    lane = thread % kWarpThreads, warp = thread / kWarpThreads % 4;
     const uint32_t ring = shared_address(rings) + thread / kWarpThreads * (kStages * kStageBytes);
     pieces = ring + lane * Keys::kPieceBytes;
     words = ring + 2 * Keys::kPieces * kWarpThreads * Keys::kPieceBytes + 4 * lane;
-    const uint32_t all = part.end - part.begin, from = all * group / kGroups;
+    const uint32_t group = thread / 128, all = part.end - part.begin, from = all * group / kGroups;
     to_fetch = to_score = all * (group + 1) / kGroups - from;
     walk = Walk(part.begin + from, part.group.tiles());
     sequence = Sequence<Block>(pages, part.group);

@@ -119,9 +119,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
   const int kept = held.collect(team, last, list, [&](uint64_t key) { return results.sortable(key); });
   sort_ascending(team, list, kept);
   const int64_t row = group.row + query;
-  const Indices ids = {seq_ids, seq_ids_are_int64};
-  int64_t seq = seq_ids ? ids[row] : row;
-  seq = seq < 0 ? 0 : seq < num_seqs ? seq : num_seqs - 1;
+  const int64_t seq = clamped_seq({seq_ids, seq_ids_are_int64}, row, num_seqs);
   results.write(team, row, list, kept, [&](uint32_t entry) {
     const int first = static_cast<int>(entry);
     if (!as_slots) return first;

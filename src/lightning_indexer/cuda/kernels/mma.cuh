@@ -77,7 +77,6 @@ struct MmaSync {
   static constexpr int kColumns = kColumns_;
   static constexpr int kTermBytes = kColumns * kSteps * 32;
   static constexpr int kBytes = kTerms * kTermBytes;
-  static constexpr int kAlignment = 16;
   static_assert(kSteps % 2 == 0, "steps are loaded in pairs");
 
   __device__ static __forceinline__ int word_offset(int column, int step, int half, int c) {

@@ -24,6 +24,12 @@ __device__ __forceinline__ void sync_scorers() {
 
 constexpr int kTileEntries = 64;
 
+// The sequence of query `row`: that row itself where there are no seq_ids.
+__device__ __forceinline__ int64_t clamped_seq(const Indices& seq_ids, int64_t row, int64_t num_seqs) {
+  const int64_t seq = seq_ids.values ? seq_ids[row] : row;
+  return seq < 0 ? 0 : seq < num_seqs ? seq : num_seqs - 1;
+}
+
 // The queries of a call: which sequence, how many entries. What lies outside is clamped.
 struct Rows {
   const int32_t* __restrict__ valid_lens;
@@ -33,8 +39,7 @@ struct Rows {
   int64_t max_entries;
 
   __device__ __forceinline__ int64_t seq(int row) const {
-    const int64_t seq = seq_ids.values ? seq_ids[row] : row;
-    return seq < 0 ? 0 : seq < num_seqs ? seq : num_seqs - 1;
+    return clamped_seq(seq_ids, row, num_seqs);
   }
   __device__ __forceinline__ int len(int row) const {
     const int64_t length = valid_lens[row];
