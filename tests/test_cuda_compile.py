@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ class Scorer:
 
     @property
     def product(self) -> score_topk.Product:
-        return score_topk._product(self.schema, self.queries, self.arch, self.engine)
+        return score_topk._product(self.schema, self.queries, self.heads, self.arch, self.engine)
 
     @property
     def shape(self) -> score_topk.Shape:
@@ -209,8 +210,8 @@ SAMPLE = {
 
 def shape_of(specialisation: Specialisation) -> score_topk.Shape:
     (text,) = (argument for argument in specialisation.arguments if argument.startswith("Shape<"))
-    heads, queries, per_product, groups, capacity, _, stages, _ = map(int, re.findall(r"\d+", text))
-    shape = score_topk.Shape(heads, queries, per_product, groups, capacity, stages)
+    heads, queries, per_product, groups, capacity, _, stages, _, halves, top_k = map(int, re.findall(r"\d+", text))
+    shape = score_topk.Shape(heads, queries, per_product, groups, capacity, stages, halves, top_k)
     assert str(shape) == text
     return shape
 
@@ -241,7 +242,9 @@ def test_scorers_compile_without_spills(name: str) -> None:
 @pytest.mark.usefixtures("cuda_wheels")
 @pytest.mark.parametrize("arch", ARCHS)
 def test_merging_compiles_without_spills(arch: str) -> None:
-    troubles = list(troubles_of(score_topk._merge_specialisation(CacheSchema("mxfp4"), k, arch) for k in (512, 2048)))
+    troubles = list(
+        troubles_of(score_topk._merge_specialisation(CacheSchema("mxfp4"), k, arch) for k in (512, 2048, 4096))
+    )
     assert not troubles, "\n".join(troubles)
 
 
@@ -285,8 +288,8 @@ def test_the_workspace_holds_every_launch(multiprocessors: int, monkeypatch: pyt
         assert workspace <= 64 * 2**20, f"top_k {top_k}: {workspace} bytes"
         for keys, wanted in itertools.product(score_topk.INDEX_FORMATS, (1, 2, 4, 16)):
             shape = Scorer("sm_90a", keys, keys, wanted, top_k).shape
-            blocks = score_topk._blocks(shape.queries, shape.capacity, top_k, multiprocessors)
-            taken = score_topk._workspace_bytes(blocks, shape.queries, shape.capacity, top_k)
+            blocks = score_topk._blocks(shape.queries, top_k, multiprocessors)
+            taken = score_topk._workspace_bytes(blocks, shape.queries, top_k)
             assert 1 <= blocks <= multiprocessors and taken <= workspace, f"top_k {top_k}, {shape}: {taken} bytes"
 
 
@@ -557,7 +560,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> launcher.Kernel:
     made = launcher.Kernel.__new__(launcher.Kernel)
     made.specialisation, made.device_index, made.threads, made.shared_bytes = SMALL, 0, 128, 1024
     made._names, made._arguments, made._function = ("entries", "count"), launcher._ArgumentBuffer("Pq"), "function"
-    made.submitted, made.statuses, made._tail = [], [0], (0,)
+    made.submitted, made.statuses = [], [0]
     made._submit = lambda *arguments: (made.submitted.append(arguments), (made.statuses.pop(0),))[1]
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 1000 + index, raising=False)
@@ -596,6 +599,25 @@ def test_a_thread_without_a_context_gets_one(kernel: launcher.Kernel, monkeypatc
     kernel.statuses = [201, 0]
     kernel.launch((1, 1, 1), 0, 0)
     assert given == [0] and len(kernel.submitted) == 2
+
+
+def test_an_overlapping_launch_says_so_to_the_driver(kernel: launcher.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda.bindings import driver
+
+    seen = []
+
+    def launch(config: Any, *arguments: Any) -> tuple[int]:
+        (attribute,) = config.attrs
+        grid, block = (config.gridDimX, config.gridDimY, config.gridDimZ), (config.blockDimX, config.blockDimY)
+        allowed = attribute.value.programmaticStreamSerializationAllowed
+        seen.append((grid, block, config.sharedMemBytes, int(config.hStream), attribute.id.name, allowed, arguments[0]))
+        return (0,)
+
+    monkeypatch.setattr(driver, "cuLaunchKernelEx", launch)
+    kernel._submit = launcher._OverlappingLaunch()
+    kernel.launch((5, 2, 1), 0x1000, 7)
+    name = "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"
+    assert seen == [((5, 2, 1), (128, 1), 1024, 1000, name, 1, "function")]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __shared__
 #define __align__(n)
@@ -293,4 +294,4 @@ T __reduce_add_sync(unsigned, T value) {
   return sum;
 }
 inline void __syncthreads() { host_cuda::meet(0, blockDim.x, false, true); }
-inline bool __syncthreads_and(bool mine) { return !host_cuda::meet(0, blockDim.x, !mine, true); }
+inline bool __syncthreads_or(bool mine) { return host_cuda::meet(0, blockDim.x, mine, true); }

@@ -58,6 +58,10 @@ inline uint32_t this_thread() { return threadIdx.x; }
 inline int this_block() { return static_cast<int>(blockIdx.x); }
 inline int all_blocks() { return static_cast<int>(gridDim.x); }
 
+inline void let_next_kernel_start() {}
+inline void prefetch_line(const uint8_t*) {}
+inline void wait_for_last_kernel() {}
+
 template <int kThreads>
 void barrier_sync(int barrier) { host_cuda::meet(barrier, kThreads, false, true); }
 template <int kThreads>
@@ -87,22 +91,32 @@ inline void copy_commit() {}
 template <int>
 void copy_wait() {}
 
+constexpr uint64_t kBarrierMark = 0x5EA1ED0123456789ull;  // where a barrier lies, nothing else may be written
+
 inline void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
   host_cuda::memory_barriers[barrier] = {static_cast<int>(arrivals), static_cast<int>(arrivals), 0, 0};
+  *reinterpret_cast<uint64_t*>(shared_pointer(barrier)) = kBarrierMark;
+}
+inline host_cuda::MemoryBarrier& find_barrier(uint32_t barrier) {
+  if (*reinterpret_cast<uint64_t*>(shared_pointer(barrier)) != kBarrierMark) {
+    std::fprintf(stderr, "a barrier in shared memory was written over\n");
+    std::abort();
+  }
+  return host_cuda::memory_barriers.at(barrier);
 }
 inline void mbarrier_publish() {}
 inline void mbarrier_arrive(uint32_t barrier) {
-  host_cuda::MemoryBarrier& found = host_cuda::memory_barriers.at(barrier);
+  host_cuda::MemoryBarrier& found = find_barrier(barrier);
   --found.pending;
   host_cuda::complete(found);
   host_cuda::progress = true;
 }
 inline void mbarrier_expect(uint32_t barrier, uint32_t bytes) {
-  host_cuda::memory_barriers.at(barrier).bytes += bytes;
+  find_barrier(barrier).bytes += bytes;
   mbarrier_arrive(barrier);
 }
 inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  const host_cuda::MemoryBarrier& found = host_cuda::memory_barriers.at(barrier);
+  const host_cuda::MemoryBarrier& found = find_barrier(barrier);
   host_cuda::wait_until([&] { return (found.phase & 1u) != parity; });
 }
 inline void copy_bulk(uint32_t target, const uint8_t* source, uint32_t bytes, uint32_t barrier) {

@@ -9,6 +9,7 @@ namespace lightning_indexer {
 inline void wgmma_publish() {}
 inline void wgmma_begin() {}
 inline void wgmma_finish() {}
+inline void wgmma_pin(float*) {}
 
 template <class Element, int kColumns>
 struct WgmmaInstruction {

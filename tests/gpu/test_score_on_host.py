@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -79,7 +80,8 @@ class Case:
 
 
 # One query over a sequence that all blocks share; a long chunk in groups of sixteen, whose lists run full; drafts; rows
-# of several sequences, one of them empty; two bf16 terms; the portable engine in both arithmetics.
+# of several sequences, one of them empty; two bf16 terms; many parts; many sequences after one another in a block; the
+# portable engine in both arithmetics.
 CASES = [
     Case("mxfp4", "mxfp4", "sm_90a", (12_000,)),
     Case("mxfp4", "fp8", "sm_90a", tuple(range(2400, 2420)), num_heads=16, blocks=2, top_k=300),
@@ -87,6 +89,8 @@ CASES = [
     Case("fp8", "fp8", "sm_90a", (300, 0, 65), (0, 1, 2), head_dim=128, entries_per_block=256),
     Case("bf16", "fp32", "sm_90a", (4000, 3999, 3990) * 2, (0, 0, 0, 1, 1, 1), top_k=300, blocks=7),
     Case("mxfp4", "mxfp4", "sm_80", (700, 64, 0), (0, 1, 1), entries_per_block=48),
+    Case("mxfp4", "mxfp4", "sm_90a", (9000,), num_heads=12, blocks=40),
+    Case("mxfp4", "mxfp4", "sm_90a", (700, 900, 640, 800) * 4, tuple(range(16)), blocks=2),
     Case("mxfp4", "mxfp4", "sm_89", (9000,), blocks=7),
 ]
 IN_E4M3, IN_BF16 = CASES[0], CASES[5]  # what mxfp4 keys are turned into
@@ -95,6 +99,8 @@ ADVERSARIAL = Case("bf16", "bf16", "sm_90a", (5000, 64, 1), (0, 1, 2), blocks=2)
 
 class HostKernel:
     """Stands in for `launcher.Kernel`."""
+
+    overlaps = True
 
     def __init__(self, function: ctypes._CFuncPtr, parameters: dict[str, str], threads: int) -> None:
         self.function, self.threads = function, threads
@@ -226,6 +232,19 @@ def test_adversarial_rows(kind: str, imagine: Callable[[Case], None]) -> None:
     dense = run_dense(problem)
     for top_k, order in ((1, "index"), (64, "score"), (500, "index")):
         check_topk(run_topk, problem, top_k, order=order, dense=dense)
+
+
+@pytest.mark.usefixtures("on_host")
+def test_infinities_of_both_signs(imagine: Callable[[Case], None]) -> None:
+    """Keys from one end of their range to the other."""
+    imagine(ADVERSARIAL)
+    row = np.arange(3000, dtype=np.float32) % 7 - 3
+    row[5::50], row[8::50] = 2.0**100, -(2.0**100)
+    problem = problem_with_scores([row, row[:2000], row[:1]], "bf16", unit=2.0**60)
+    dense = run_dense(problem)
+    assert torch.isinf(dense[0, :3000]).sum() == 120
+    for top_k in (1, 40, 500):
+        check_topk(run_topk, problem, top_k, order="score", dense=dense)
 
 
 @pytest.mark.usefixtures("on_host")

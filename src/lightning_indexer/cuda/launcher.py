@@ -42,7 +42,8 @@ class Kernel:
         parameters: name and kind of each kernel parameter, in order.
         threads: per block.
         shared_bytes: dynamic shared memory per block.
-        cooperative: all blocks of the grid run at once and may wait for one another; see `resident_blocks`.
+        overlaps: it may be started while the kernel before it in the stream still runs (programmatic dependent launch)
+            and waits for that one's results itself.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Kernel:
         *,
         threads: int,
         shared_bytes: int = 0,
-        cooperative: bool = False,
+        overlaps: bool = False,
     ) -> None:
         from cuda.bindings import driver
 
@@ -63,13 +64,11 @@ class Kernel:
         self.device_index = device_index
         self.threads = threads
         self.shared_bytes = shared_bytes
+        self.overlaps = overlaps
         self._names = tuple(parameters)
         self._arguments = _ArgumentBuffer("".join(parameters.values()))
         self._library, self._function = _load(specialisation, binary, device_index, shared_bytes)
-        self._submit: Callable[..., Any] = driver.cuLaunchKernel
-        self._tail: tuple[int, ...] = (0,)  # cuLaunchKernel's `extra`
-        if cooperative:
-            self._submit, self._tail = driver.cuLaunchCooperativeKernel, ()
+        self._submit: Callable[..., Any] = _OverlappingLaunch() if overlaps else driver.cuLaunchKernel
 
     def launch(self, grid: tuple[int, int, int], *arguments: float) -> None:
         """Enqueue on the current stream of this kernel's device.
@@ -96,23 +95,10 @@ class Kernel:
         if status:
             raise LaunchError(f"{self._describe(grid, arguments)}: {_error_text(status)}")
 
-    def resident_blocks(self) -> int:
-        """Blocks that the whole device runs at once: the largest grid of a cooperative launch."""
-        from cuda.bindings import driver
-
-        status, blocks = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
-            self._function, self.threads, self.shared_bytes
-        )
-        if status:
-            raise LaunchError(f"{self.specialisation}: occupancy of {self.threads} threads: {_error_text(status)}")
-        return int(blocks) * torch.cuda.get_device_properties(self.device_index).multi_processor_count
-
     def _enqueue(self, grid: tuple[int, int, int], address: int) -> int:
         stream = torch._C._cuda_getCurrentRawStream(self.device_index)
         x, y, z = grid
-        (status,) = self._submit(
-            self._function, x, y, z, self.threads, 1, 1, self.shared_bytes, stream, address, *self._tail
-        )
+        (status,) = self._submit(self._function, x, y, z, self.threads, 1, 1, self.shared_bytes, stream, address, 0)
         return int(status)
 
     def _describe(self, grid: tuple[int, int, int], arguments: tuple[float, ...]) -> str:
@@ -143,6 +129,42 @@ class _ArgumentBuffer(threading.local):
         return self._address
 
 
+class _OverlappingLaunch(threading.local):
+    """Stands in for `cuLaunchKernel`: the kernel need not wait for the end of the one before it. One per thread."""
+
+    def __init__(self) -> None:
+        from cuda.bindings import driver
+
+        value = driver.CUlaunchAttributeValue()
+        value.programmaticStreamSerializationAllowed = 1
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value = value
+        self._config = driver.CUlaunchConfig()
+        self._config.attrs, self._config.numAttrs = [attribute], 1
+        self._launch = driver.cuLaunchKernelEx
+
+    def __call__(
+        self,
+        function: object,
+        grid_x: int,
+        grid_y: int,
+        grid_z: int,
+        block_x: int,
+        block_y: int,
+        block_z: int,
+        shared_bytes: int,
+        stream: int,
+        arguments: int,
+        extra: int,
+    ) -> Any:
+        config = self._config
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid_x, grid_y, grid_z
+        config.blockDimX, config.blockDimY, config.blockDimZ = block_x, block_y, block_z
+        config.sharedMemBytes, config.hStream = shared_bytes, stream
+        return self._launch(config, function, arguments, extra)
+
+
 def load_kernel(
     specialisation: Specialisation,
     device_index: int,
@@ -150,7 +172,7 @@ def load_kernel(
     *,
     threads: int,
     shared_bytes: int = 0,
-    cooperative: bool = False,
+    overlaps: bool = False,
 ) -> Kernel:
     """The kernel of a specialisation on a device, built and loaded the first time it is asked for; see `Kernel`.
 
@@ -169,7 +191,7 @@ def load_kernel(
                     parameters,
                     threads=threads,
                     shared_bytes=shared_bytes,
-                    cooperative=cooperative,
+                    overlaps=overlaps,
                 )
     return kernel
 

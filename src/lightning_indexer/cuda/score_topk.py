@@ -69,6 +69,7 @@ MERGE_PARAMETERS = {
     "scores_out": POINTER,
     "scores_row_stride": INT64,
     "scores_column_stride": INT64,
+    "early_blocks": INT32,
     "workspace": POINTER,
 }
 ENGINES = ("auto", "portable")
@@ -80,21 +81,28 @@ MAX_STRIDE = 2**31 - 1  # bytes from block to block
 _QUERY_FORMATS = ("mxfp4", "nvfp4", "fp8", "bf16", "fp16", "fp32")
 _PLAIN_QUERIES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _FP8_FORMATS = ("mxfp4", "fp8")  # exact in E4M3, up to a power of two per row
-_FIRST_FP8_ARCH = 89  # mma.sync on E4M3
+_FIRST_OVERLAP_ARCH = 90  # a kernel may start before the last one has ended
+# In calls of no more tiles some multiprocessors are left to the merge, which starts early there and makes itself ready.
+_SHORT_CALL_TILES, _BLOCKS_PER_EARLY_ONE = 20_000, 32
+# Hopper adds products of E4M3 with about 14 bits. Where both factors fill E4M3 a single head may be off by more than a
+# score may be (3 in 10,000 are); the errors of many heads cancel.
+_FEWEST_FP8_HEADS = 64
 _TWO_TERMS = ("fp16", "fp32")  # queries that take two bf16 to hold
 
 _FIRST_TEAMS = 8  # queries per block from which each warpgroup cuts back one of them at a time
-_TILE_ENTRIES = 64
+_HALF_ENTRIES = 64  # a tile has one such half or two
 
 _PADDED_HEADS = (8, 16, 32, 64, 128)
 _MAX_COLUMNS = 128  # of one product
 _MAX_QUERIES_PER_PRODUCT = 4
 _MERGE_THREADS = 512
-_MERGE_SCRATCH_BYTES = 2304  # `MergeShared` of kernels/merge.cu without the candidates
+_MERGE_SCRATCH_BYTES = 6400  # `MergeShared` of kernels/merge.cu without the keys
+_MAX_BLOCKS = 256  # kMaxParts there
 
-# (largest top_k, candidates per list, most queries per block): lists are at least twice top_k, and those of all blocks
-# fit the workspace.
-_LISTS = ((512, 2048, 16), (2048, 4096, 8), (4096, 8192, 4))
+# (largest top_k, candidates per list, the same for one query per block, most queries per block): lists are at
+# least twice top_k, and those of all blocks fit the workspace. Long lists are cut back less often.
+_LISTS = ((512, 2048, 4096, 16), (2048, 4096, 8192, 8), (4096, 8192, 8192, 4))
+_FEW_QUERIES = 1  # `Workspace` of kernels/work.cuh has the same
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,8 @@ class Shape:
     groups: int
     capacity: int
     stages: int
+    halves: int
+    max_top_k: int
 
     @property
     def threads(self) -> int:
@@ -135,6 +145,8 @@ class Shape:
             self.teams,
             self.stages,
             self.offset,
+            self.halves,
+            self.max_top_k,
         )
         return f"Shape<{', '.join(str(number) for number in numbers)}>"
 
@@ -147,6 +159,10 @@ class Product:
     element: str  # "E4M3" or "BF16"
     terms: int
     is_wgmma: bool
+
+    @property
+    def has_fp4_keys(self) -> bool:
+        return self.keys.startswith(("Mxfp4", "Nvfp4"))
 
     def operand_bytes(self, heads: int, dim: int) -> int:
         """Shared memory of one query."""
@@ -194,7 +210,9 @@ def score_topk(
             scores_out.fill_(-torch.inf)
         return
     plan = call.plan(top_k, engine)
-    blocks = min(plan.blocks, call.most_tiles(view.max_entries))
+    tiles = call.most_tiles(view.max_entries)
+    early_blocks = plan.blocks // _BLOCKS_PER_EARLY_ONE if plan.merge.overlaps and tiles <= _SHORT_CALL_TILES else 0
+    blocks = min(plan.blocks - early_blocks, tiles)
     outputs = (out.data_ptr(), *out.stride(), *_optional(scores_out))
     plan.score.launch(
         (blocks, 1, 1), *call.operands(view.max_entries), top_k, by_score, as_slots, *outputs, workspace.data_ptr()
@@ -213,6 +231,7 @@ def score_topk(
             view.num_seqs,
             *call.seq_ids_arguments(),
             *outputs,
+            early_blocks,
             workspace.data_ptr(),
         )
 
@@ -241,11 +260,10 @@ def index_scores(
 def workspace_bytes(top_k: int, device_index: int) -> int:
     """Bytes that a call with this `top_k` may use on a device, whatever its other operands."""
     multiprocessors = _multiprocessors(device_index)
-    _, capacity, most = _lists(top_k)
     return max(
-        _workspace_bytes(_blocks(queries, capacity, top_k, multiprocessors), queries, capacity, top_k)
+        _workspace_bytes(_blocks(queries, top_k, multiprocessors), queries, top_k)
         for queries in (1, 2, 4, 8, 16)
-        if queries <= most
+        if queries <= _lists(top_k)[3]
     )
 
 
@@ -258,12 +276,12 @@ def specialisations(schema: CacheSchema, arch: str) -> Iterator[Specialisation]:
         for query_format in _QUERY_FORMATS:
             for heads in _PADDED_HEADS:
                 for wanted in _queries_wanted(heads):
-                    for top_k in (0, *(most for most, _, _ in _LISTS)) if heads == 64 else (512,):
-                        product = _product(schema, query_format, arch, engine)
+                    for top_k in (0, *(row[0] for row in _LISTS)) if heads == 64 else (512,):
+                        product = _product(schema, query_format, heads, arch, engine)
                         shape = _shape(product, schema, heads, wanted, top_k, arch)
                         seen.add(_score_specialisation(schema, product, shape, top_k == 0, arch))
     yield from sorted(seen, key=str)
-    for top_k in (512, 2048):
+    for top_k, *_ in _LISTS:
         yield _merge_specialisation(schema, top_k, arch)
 
 
@@ -288,7 +306,7 @@ def _plan(
     """wanted: queries per block that would suit the call. top_k 0: dense scores."""
     arch = device_arch(device_index)
     heads = next(padded for padded in _PADDED_HEADS if padded >= num_heads)
-    product = _product(schema, query_format, arch, engine)
+    product = _product(schema, query_format, heads, arch, engine)
     shape = _shape(product, schema, heads, wanted, top_k, arch)
     score = load_kernel(
         _score_specialisation(schema, product, shape, top_k == 0, arch),
@@ -302,15 +320,18 @@ def _plan(
         device_index,
         MERGE_PARAMETERS,
         threads=_MERGE_THREADS,
-        shared_bytes=8 * _merge_capacity(top_k) + _MERGE_SCRATCH_BYTES,
+        shared_bytes=8 * (_merge_capacity(top_k) + _lists(top_k)[0]) + _MERGE_SCRATCH_BYTES,
+        overlaps=_arch_number(arch) >= _FIRST_OVERLAP_ARCH,
     )
     multiprocessors = _multiprocessors(device_index)
-    return _Plan(score, merge, shape, _blocks(shape.queries, shape.capacity, top_k, multiprocessors))
+    return _Plan(score, merge, shape, _blocks(shape.queries, top_k, multiprocessors))
 
 
-def _product(schema: CacheSchema, query_format: str, arch: str, engine: str) -> Product:
+def _product(schema: CacheSchema, query_format: str, heads: int, arch: str, engine: str) -> Product:
     is_wgmma = arch == "sm_90a" and engine == "auto"
-    is_fp8 = schema.format in _FP8_FORMATS and query_format in _FP8_FORMATS and _arch_number(arch) >= _FIRST_FP8_ARCH
+    is_fp8 = schema.format in _FP8_FORMATS and query_format in _FP8_FORMATS and (is_wgmma or _has_fp8_mma_sync(arch))
+    if is_wgmma and (schema.format, query_format) == ("fp8", "fp8") and heads < _FEWEST_FP8_HEADS:
+        is_fp8 = False
     keys = {
         "mxfp4": "Mxfp4AsE4M3" if is_fp8 else "Mxfp4AsBf16",
         "nvfp4": "Nvfp4AsBf16",
@@ -323,23 +344,40 @@ def _product(schema: CacheSchema, query_format: str, arch: str, engine: str) -> 
 
 def _shape(product: Product, schema: CacheSchema, heads: int, wanted: int, top_k: int, arch: str) -> Shape:
     """The most queries per block up to `wanted`, then the most tiles under way, that fit shared memory."""
-    _, capacity, most = _lists(top_k)
+    max_top_k, *_, most = _lists(top_k)
     for fewer_groups in (False, True):
         for queries in (16, 8, 4, 2, 1):
+            capacity = _capacity(top_k, queries)
             per_product = _queries_per_product(product, queries, heads, top_k)
             groups = 1 if fewer_groups else _groups(product, queries, heads * per_product, capacity)
-            for stages in (4, 2) if product.is_wgmma else (4, 2, 1):
-                shape = Shape(heads, queries, per_product, groups, capacity, stages)
+            rings = _rings(product, queries == per_product and heads * per_product <= 64)
+            for halves, stages in (*rings, (1, 1)) if fewer_groups else rings:
+                shape = Shape(heads, queries, per_product, groups, capacity, stages, halves, max_top_k)
                 fits = _shared_bytes(product, shape, schema) <= _shared_limit(arch)
                 if queries <= min(wanted, most) and fits:
                     return shape
     raise AssertionError(f"no shape fits {schema} with {heads} heads on {arch}")
 
 
+def _rings(product: Product, is_one_narrow_product: bool) -> tuple[tuple[int, int], ...]:
+    """Halves of a tile and tiles under way, from the most wanted to the least.
+
+    Two halves share the work around their products, which counts where FP4 keys leave memory waiting. wgmma takes them
+    one after the other: where keys stay for several products, registers hold those of one half only.
+    """
+    if not product.is_wgmma:
+        return (2, 4), (2, 2), (2, 1)
+    if is_one_narrow_product:
+        return ((2, 4), (2, 2), (1, 4), (1, 2)) if product.has_fp4_keys else ((1, 4), (1, 2))
+    return (1, 4), (1, 2), (1, 1)
+
+
 def _queries_per_product(product: Product, queries: int, heads: int, top_k: int) -> int:
     """More than one only where their columns fit the registers: the keys take few, and so does the loop around."""
-    is_roomy = product.is_wgmma and product.element == "E4M3"
-    if is_roomy and (queries >= _FIRST_TEAMS or queries == 2 and top_k > 0):
+    is_shared = queries >= _FIRST_TEAMS or queries == 2 and top_k > 0
+    if product.element == "BF16":
+        is_shared = queries >= 4
+    if product.is_wgmma and is_shared:
         return min(queries, max(_MAX_COLUMNS // heads, 1), _MAX_QUERIES_PER_PRODUCT)
     return 1
 
@@ -348,7 +386,8 @@ def _groups(product: Product, queries: int, columns: int, capacity: int) -> int:
     """Warpgroups: as many as the registers for keys, a product's columns and a team's candidates leave room for."""
     if not product.is_wgmma or columns > 64 and (product.element == "BF16" or capacity > 4096):
         return 3
-    return 5 if product.element == "E4M3" and columns <= 64 and queries < _FIRST_TEAMS else 4
+    is_small = product.element == "E4M3" and product.has_fp4_keys and columns <= 64 and queries < _FIRST_TEAMS
+    return 5 if is_small else 4
 
 
 def _producer_threads(shape: Shape) -> int:
@@ -368,38 +407,50 @@ def _arch_number(arch: str) -> int:
     return int(arch.removeprefix("sm_").rstrip("af"))
 
 
+def _has_fp8_mma_sync(arch: str) -> bool:
+    """Whether mma.sync on E4M3 is an instruction; Hopper and sm_100 convert to fp16 at every product."""
+    number = _arch_number(arch)
+    return number == 89 or number >= 120
+
+
 def _multiprocessors(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
-def _lists(top_k: int) -> tuple[int, int, int]:
+def _lists(top_k: int) -> tuple[int, int, int, int]:
     return next(row for row in _LISTS if top_k <= row[0])
 
 
-def _blocks(queries: int, capacity: int, top_k: int, multiprocessors: int) -> int:
+def _capacity(top_k: int, queries: int) -> int:
+    """Candidates in a list."""
+    return _lists(top_k)[2 if queries <= _FEW_QUERIES else 1]
+
+
+def _blocks(queries: int, top_k: int, multiprocessors: int) -> int:
     """Blocks of threads: one per multiprocessor, unless their lists would not fit the workspace."""
-    return min(multiprocessors, MAX_WORKSPACE_BYTES // _workspace_bytes(1, queries, capacity, top_k))
+    return min(multiprocessors, _MAX_BLOCKS, MAX_WORKSPACE_BYTES // _workspace_bytes(1, queries, top_k))
 
 
-def _workspace_bytes(blocks: int, queries: int, capacity: int, top_k: int) -> int:
+def _workspace_bytes(blocks: int, queries: int, top_k: int) -> int:
     """As `Workspace` in kernels/work.cuh lays it out."""
-    return blocks * (queries * ((capacity + top_k) * 8 + 2 * 4) + 3 * 4)
+    capacity = _capacity(top_k, queries)
+    later = capacity if queries <= _FEW_QUERIES else top_k
+    return blocks * (queries * ((capacity + later) * 8 + 2 * 16) + 3 * 4)
 
 
 def _shared_bytes(product: Product, shape: Shape, schema: CacheSchema) -> int:
     """`Shared` of kernels/score.cu, then operands, which later give way to sorted lists, then the rings."""
     operands = shape.queries * product.operand_bytes(shape.heads, schema.dim)
-    top_k = next(most for most, capacity, _ in _LISTS if capacity == shape.capacity)
-    return shape.offset + max(operands, shape.teams * top_k * 8) + _ring_bytes(product, shape, schema)
+    return shape.offset + max(operands, shape.teams * shape.max_top_k * 8) + _ring_bytes(product, shape, schema)
 
 
 def _ring_bytes(product: Product, shape: Shape, schema: CacheSchema) -> int:
     """`kBytes` of the feed in kernels/feed.cuh."""
     slots = shape.groups * shape.stages
     if product.is_wgmma:
-        return -(-slots * 20 // 128) * 128 + slots * _TILE_ENTRIES * schema.bytes_per_entry
+        return -(-slots * 20 // 128) * 128 + slots * shape.halves * _HALF_ENTRIES * schema.bytes_per_entry
     lane_bytes = schema.data_bytes // 4 + (4 if schema.scale_bytes else 0)
-    return slots * 4 * 64 * lane_bytes
+    return slots * 4 * 64 * shape.halves * lane_bytes
 
 
 def _score_specialisation(
@@ -409,7 +460,7 @@ def _score_specialisation(
         product.keys,
         product.type(shape, schema.dim),
         f"{'BulkFeed' if product.is_wgmma else 'LaneFeed'}<{product.keys}, {block_type(schema)}, "
-        f"{shape.groups}, {shape.stages}>",
+        f"{shape.groups}, {shape.stages}, {shape.halves}>",
         block_type(schema),
         str(shape),
         str(product.terms),
@@ -423,8 +474,8 @@ def _merge_specialisation(schema: CacheSchema, top_k: int, arch: str) -> Special
 
 
 def _merge_capacity(top_k: int) -> int:
-    """Candidates that a merging block holds: top_k, as many again, and 2,048 that it may read at once."""
-    return 4096 if top_k <= 1024 else 8192
+    """`Front::merge_room` of kernels/work.cuh: candidates that a merging block holds."""
+    return 2 * _lists(top_k)[1]
 
 
 class _Call:
@@ -455,7 +506,7 @@ class _Call:
         else:
             self.query_format, data, scale, self.global_scale = _PLAIN_QUERIES[q.dtype], q, None, 1.0
         self.data, self.weights, self.valid_lens = _aligned(data), weights.contiguous(), valid_lens.contiguous()
-        self.scale = None if scale is None else scale.contiguous()
+        self.scale = None if scale is None else _aligned(scale)
         self.seq_ids = None if seq_ids is None else seq_ids.contiguous()
 
     def plan(self, top_k: int, engine: str) -> _Plan:
@@ -466,7 +517,7 @@ class _Call:
 
     def most_tiles(self, max_entries: int) -> int:
         """Tiles of entries that the call can have, by its shapes."""
-        return len(self.weights) * -(-max_entries // _TILE_ENTRIES)
+        return len(self.weights) * -(-max_entries // _HALF_ENTRIES)
 
     def operands(self, max_entries: int) -> tuple[float, ...]:
         view = self.view

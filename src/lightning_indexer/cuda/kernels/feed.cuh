@@ -1,11 +1,13 @@
 // How keys get from their pages into the registers of the warps that score them.
 //
-// A tile is kTileEntries entries, for one warpgroup: a warp takes sixteen of them, a lane its share of two (keys.cuh).
-// Both feeds keep several tiles under way in shared memory and offer the same:
+// A tile is kHalves times 64 entries, for one warpgroup: of each half a warp takes sixteen, a lane its share of two
+// (keys.cuh). Both feeds keep several tiles under way in shared memory and offer the same:
 //     begin(part, rings)     called by all that score, once the part is known
 //     has_tile()             whether this warpgroup has a tile left
-//     next(rows)             the lane's share of the next one; returns its warp's first entry
+//     next()                 wait for the next one; returns its warp's first entry
+//     read(half, rows)       the lane's share of a half of it
 //     release()              once those registers have been used: their place in shared memory may be written again
+//     reclaim()              all that wrote to the rings between parts, before the next one
 #pragma once
 
 #include "keys.cuh"
@@ -56,11 +58,13 @@ __device__ __forceinline__ void read_pieces(uint32_t address, uint32_t stride, t
 // --- by the lanes themselves (sm_80 and newer) ------------------------------------------------------------------------
 
 // Every lane copies its own share some tiles ahead and reads it back itself, so nobody waits for anybody.
-template <class Keys, class Block, int kGroups, int kStages>
+template <class Keys, class Block, int kGroups, int kStages, int kHalves>
 struct LaneFeed {
   static constexpr int kProducerThreads = 0;
-  static constexpr int kStageBytes = 2 * kWarpThreads * (Keys::kPieces * Keys::kPieceBytes + 4 * Keys::kScaleWords);
-  static constexpr int kBytes = kGroups * 4 * kStages * kStageBytes;
+  static constexpr int kTile = kHalves * kHalfEntries, kRows = 2 * kHalves;  // of a lane
+  static constexpr int kPieceStride = kWarpThreads * Keys::kPieceBytes, kRowStride = Keys::kPieces * kPieceStride;
+  static constexpr int kStageBytes = kRows * (kRowStride + 4 * kWarpThreads * Keys::kScaleWords);
+  static constexpr int kControlBytes = 0, kBytes = kGroups * 4 * kStages * kStageBytes;
   static_assert((kStages & (kStages - 1)) == 0, "stages are taken in turn");
 
   const Pages& pages;
@@ -69,7 +73,7 @@ struct LaneFeed {
   Sequence<Block> sequence;
   Walk walk;
   uint32_t to_fetch, to_score, stage;
-  int32_t next_block;
+  int32_t next_blocks[kHalves];
   uint32_t entries[kStages];  // the first of each tile under way, oldest first
 
   __device__ __forceinline__ explicit LaneFeed(const Pages& pages) : pages(pages), sequence(pages, {}), walk(0, 1) {}
@@ -82,12 +86,12 @@ struct LaneFeed {
     lane = thread % kWarpThreads, warp = thread / kWarpThreads % 4;
     const uint32_t ring = shared_address(rings) + thread / kWarpThreads * (kStages * kStageBytes);
     pieces = ring + lane * Keys::kPieceBytes;
-    words = ring + 2 * Keys::kPieces * kWarpThreads * Keys::kPieceBytes + 4 * lane;
+    words = ring + kRows * kRowStride + 4 * lane;
     const uint32_t group = thread / 128, all = part.end - part.begin, from = all * group / kGroups;
     to_fetch = to_score = all * (group + 1) / kGroups - from;
-    walk = Walk(part.begin + from, part.group.tiles());
+    walk = Walk(part.begin + from, part.group.template tiles<kTile>());
     sequence = Sequence<Block>(pages, part.group);
-    next_block = to_fetch ? sequence.find(pages, first_entry()) : 0;
+    find_next();
     stage = 0;
 #pragma unroll
     for (int i = 1; i < kStages; ++i) fetch(i - 1), shift();
@@ -96,54 +100,67 @@ struct LaneFeed {
   __device__ __forceinline__ bool has_tile() const { return to_score != 0; }
   __device__ __forceinline__ uint32_t turn() const { return to_score; }
 
-  __device__ __forceinline__ uint32_t next(typename Keys::Row (&rows)[2]) {
+  __device__ __forceinline__ uint32_t next() {
     fetch((stage + kStages - 1) & (kStages - 1));
     copy_wait<kStages - 1>();
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t offset = stage * kStageBytes;
-      read_pieces<Keys>(pieces + offset + i * Keys::kPieces * kWarpThreads * Keys::kPieceBytes,
-                        kWarpThreads * Keys::kPieceBytes, rows[i]);
-      if constexpr (Keys::kScaleWords) load_shared<4>(words + offset + 4 * i * kWarpThreads, &rows[i].scale);
-    }
-    stage = (stage + 1) & (kStages - 1);
     --to_score;
     const uint32_t first = entries[0];
     shift();
     return first;
   }
 
-  __device__ __forceinline__ void release() {}
+  __device__ __forceinline__ void read(int half, typename Keys::Row (&rows)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t offset = stage * kStageBytes, row = 2 * half + i;
+      read_pieces<Keys>(pieces + offset + row * kRowStride, kPieceStride, rows[i]);
+      if constexpr (Keys::kScaleWords) load_shared<4>(words + offset + 4 * row * kWarpThreads, &rows[i].scale);
+    }
+  }
+
+  __device__ __forceinline__ void release() { stage = (stage + 1) & (kStages - 1); }
+  __device__ static __forceinline__ void reclaim() {}
 
  private:
-  __device__ __forceinline__ uint32_t first_entry() const { return walk.tile * kTileEntries + warp * 16; }
+  __device__ __forceinline__ uint32_t first_entry() const { return walk.tile * kTile + warp * 16; }
 
   __device__ __forceinline__ void shift() {
 #pragma unroll
     for (int i = 1; i < kStages; ++i) entries[i - 1] = entries[i];
   }
 
+  __device__ __forceinline__ void find_next() {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      next_blocks[half] = to_fetch ? sequence.find(pages, first_entry() + half * kHalfEntries) : 0;
+    }
+  }
+
   __device__ __forceinline__ void fetch(uint32_t target) {
-    const uint32_t entry = entries[kStages - 1] = first_entry();
+    entries[kStages - 1] = first_entry();
     if (to_fetch) {
-      const uint32_t row = entry % Block::kEntries + lane / 4, c = lane % 4;
-      const uint8_t* block = pages.storage + static_cast<uint64_t>(pages.clamp(next_block)) * pages.block_stride;
-      const uint8_t* source = block + row * Block::kDataBytes + c * Keys::kPieceBytes;
-      const uint8_t* scales = block + Block::kScaleOffset + row * Block::kScaleBytes + 4 * Keys::scale_word(c);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int half = 0; half < kHalves; ++half) {
+        const uint32_t row = (first_entry() + half * kHalfEntries) % Block::kEntries + lane / 4, c = lane % 4;
+        const uint8_t* block = pages.storage + static_cast<uint64_t>(pages.clamp(next_blocks[half])) * pages.block_stride;
+        const uint8_t* source = block + row * Block::kDataBytes + c * Keys::kPieceBytes;
+        const uint8_t* scales = block + Block::kScaleOffset + row * Block::kScaleBytes + 4 * Keys::scale_word(c);
 #pragma unroll
-        for (int p = 0; p < Keys::kPieces; ++p) {
-          copy_async<Keys::kPieceBytes>(
-              pieces + target * kStageBytes + (i * Keys::kPieces + p) * kWarpThreads * Keys::kPieceBytes,
-              source + 8 * i * Block::kDataBytes + 4 * p * Keys::kPieceBytes);
-        }
-        if constexpr (Keys::kScaleWords) {
-          copy_async<4>(words + target * kStageBytes + 4 * i * kWarpThreads, scales + 8 * i * Block::kScaleBytes);
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t place = target * kStageBytes, kept = 2 * half + i;
+#pragma unroll
+          for (int p = 0; p < Keys::kPieces; ++p) {
+            copy_async<Keys::kPieceBytes>(pieces + place + kept * kRowStride + p * kPieceStride,
+                                          source + 8 * i * Block::kDataBytes + 4 * p * Keys::kPieceBytes);
+          }
+          if constexpr (Keys::kScaleWords) {
+            copy_async<4>(words + place + 4 * kept * kWarpThreads, scales + 8 * i * Block::kScaleBytes);
+          }
         }
       }
       walk.advance();
-      if (--to_fetch) next_block = sequence.find(pages, first_entry());
+      --to_fetch;
+      find_next();
     }
     copy_commit();
   }
@@ -156,8 +173,9 @@ struct LaneFeed {
 // t % kGroups. (A producer for several would wait for one that has met its block to cut lists back, while the block waits
 // for another that gets no tiles. And one warp needs about 600 cycles for a tile, twice what memory does.) Producers need
 // few registers and give the others what they have too many.
-template <class Keys, class Block, int kGroups, int kStages>
+template <class Keys, class Block, int kGroups, int kStages, int kHalves>
 struct BulkFeed {
+  static constexpr int kTile = kHalves * kHalfEntries;
   static constexpr int kProducerThreads = kGroups <= 4 ? 128 : 256;  // registers change hands by warpgroups
   // Registers of a thread come in eights; together no more than the block was launched with, or it waits for ever.
   static constexpr int kThreads = kGroups * 128 + kProducerThreads, kLaunchRegisters = 65536 / kThreads / 8 * 8;
@@ -166,7 +184,7 @@ struct BulkFeed {
       (kLaunchRegisters * kThreads - kProducerRegisters * kProducerThreads) / (kGroups * 128) / 8 * 8;
   static_assert(kScorerRegisters <= 256, "setmaxnreg gives no more");
   static constexpr int kSlots = kGroups * kStages;
-  static constexpr int kDataBytes = kTileEntries * Block::kDataBytes, kScaleBytes = kTileEntries * Block::kScaleBytes;
+  static constexpr int kDataBytes = kTile * Block::kDataBytes, kScaleBytes = kTile * Block::kScaleBytes;
   static constexpr int kSlotBytes = kDataBytes + kScaleBytes;
 
   struct Control {
@@ -222,27 +240,33 @@ struct BulkFeed {
   __device__ __forceinline__ bool has_tile() const { return left != 0; }
   __device__ __forceinline__ uint32_t turn() const { return step; }
 
-  __device__ __forceinline__ uint32_t next(typename Keys::Row (&rows)[2]) {
+  __device__ __forceinline__ uint32_t next() {
     const uint32_t slot = step % kStages * kGroups, barrier = full + 8 * slot;
     mbarrier_wait(barrier, step / kStages & 1);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t offset = slot * kSlotBytes;
-      read_pieces<Keys>(pieces + offset + 8 * i * Block::kDataBytes, 4 * Keys::kPieceBytes, rows[i]);
-      if constexpr (Keys::kScaleWords) load_shared<4>(words + offset + 8 * i * Block::kScaleBytes, &rows[i].scale);
-    }
     uint32_t tile;
     load_shared<4>(barrier + 16 * kSlots - 4 * (slot + group), &tile);
-    return tile * kTileEntries + threadIdx.x / kWarpThreads % 4 * 16;
+    return tile * kTile + threadIdx.x / kWarpThreads % 4 * 16;
   }
 
-  // Not in next(): an arrival may overtake loads that are still under way, and the copy engine would write over what they
-  // are to read.
+  __device__ __forceinline__ void read(int half, typename Keys::Row (&rows)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t offset = step % kStages * (kGroups * kSlotBytes), row = half * kHalfEntries + 8 * i;
+      read_pieces<Keys>(pieces + offset + row * Block::kDataBytes, 4 * Keys::kPieceBytes, rows[i]);
+      if constexpr (Keys::kScaleWords) load_shared<4>(words + offset + row * Block::kScaleBytes, &rows[i].scale);
+    }
+  }
+
+  // Once a product that needs them is issued: an arrival may overtake loads that are still under way, and the copy engine
+  // would write over what they are to read.
   __device__ __forceinline__ void release() {
     __syncwarp();
     if (threadIdx.x % kWarpThreads == 0) mbarrier_arrive(full + 8 * (step % kStages * kGroups + kSlots));
     ++step, --left;
   }
+
+  // The copy engine writes behind ordinary accesses' back.
+  __device__ static __forceinline__ void reclaim() { wgmma_publish(); }
 
   // The producer of warpgroup `group`.
   struct Producer {
@@ -251,10 +275,13 @@ struct BulkFeed {
     __device__ __forceinline__ explicit Producer(uint32_t group) : group(group), step(0) {}
 
     // All lanes call it for every part. A tile's bytes are contiguous in runs of kRun entries; a lane looks up and copies
-    // one run.
-    __device__ __forceinline__ void produce(const Pages& pages, uint8_t* rings, const Part& part) {
+    // one run. Behind the first tile it waits for `loaded`: queries would come last if they had to queue behind all keys that
+    // the slots of all blocks hold.
+    template <class Loaded>
+    __device__ __forceinline__ void produce(
+        const Pages& pages, uint8_t* rings, const Part& part, const Loaded& loaded) {
       constexpr uint32_t kRun = Block::kEntries % 64 == 0 ? 64 : Block::kEntries % 32 == 0 ? 32 : 16;
-      constexpr uint32_t kCopies = kTileEntries / kRun, kTilesAtOnce = kWarpThreads / kCopies;
+      constexpr uint32_t kCopies = kTile / kRun, kTilesAtOnce = kWarpThreads / kCopies;
       const uint32_t lane = threadIdx.x % kWarpThreads, run = lane % kCopies;
       const uint32_t control = shared_address(rings);
       const Sequence<Block> sequence(pages, part.group);
@@ -263,13 +290,14 @@ struct BulkFeed {
       for (uint32_t done = 0; done < share.count; done += kTilesAtOnce) {
         // A look-up for every lane at once; the slots that are full meanwhile hide its latency.
         const uint32_t mine = min(done + lane / kCopies, share.count - 1);
-        const uint32_t tile = Walk(part.begin + share.first + kGroups * mine, part.group.tiles()).tile;
-        const uint32_t entry = tile * kTileEntries + run * kRun, row = entry % Block::kEntries;
+        const uint32_t tile = Walk(part.begin + share.first + kGroups * mine, part.group.template tiles<kTile>()).tile;
+        const uint32_t entry = tile * kTile + run * kRun, row = entry % Block::kEntries;
         const int32_t block = sequence.find(pages, entry);
         const uint8_t* source = pages.storage + static_cast<uint64_t>(pages.clamp(block)) * pages.block_stride;
         const uint32_t count = min(share.count - done, kTilesAtOnce);
 #pragma unroll 1
         for (uint32_t i = 0; i < count; ++i, ++step) {
+          if (done + i == 1) loaded();
           const uint32_t slot = step % kStages * kGroups + group;
           const uint32_t full = control + 8 * slot, target = control + kControlBytes + slot * kSlotBytes;
           mbarrier_wait(full + 8 * kSlots, (step / kStages & 1) ^ 1);  // the first time round it counts as released
@@ -289,6 +317,7 @@ struct BulkFeed {
           __syncwarp();
         }
       }
+      if (share.count < 2) loaded();
     }
   };
 };

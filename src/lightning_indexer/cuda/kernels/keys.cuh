@@ -4,6 +4,7 @@
 //     Element, kDim          what the product multiplies, and dims of an entry
 //     kPieces, kPieceBytes   the bytes of an entry that lane c of a quad holds, a quarter of them: piece p lies at
 //                            (4 * p + c) * kPieceBytes of the data row, so that the pieces of a quad lie side by side
+//     kIsMxfp4               whether the entries are mxfp4
 //     kScaleWords, scale_word(c)     whether a lane needs a word of the scale row, and which
 //     dim_of(c, j)           which dim is element j of lane c, 0 <= j < kDim / 4, in the order of K
 //     convert(rows, c, a, factor)    both entries of a lane, as they were read (Raw), as registers of the product
@@ -79,7 +80,7 @@ struct Mxfp4 {
   static constexpr int kDim = kDim_;
   static constexpr int kWords = kDim / 32;
   static constexpr int kPieces = 1, kPieceBytes = 4 * kWords, kScaleWords = 1;
-  static constexpr bool kScaled = true;
+  static constexpr bool kScaled = true, kIsMxfp4 = true;
   static constexpr float kUnit = 1.0f;
   using Row = Raw<kWords>;
 
@@ -88,26 +89,30 @@ struct Mxfp4 {
   // Returns whether some lane of the warp has a relative exponent outside -kExactBinades .. 0.
   __device__ static __forceinline__ bool exponents(
       const Row (&rows)[2], int c, int (&relative)[2], float (&factor)[2]) {
-    const int byte = c * (kDim / 4) / 32;  // of the lane's scale group
-    const uint32_t scales[2] = {rows[0].scale >> (8 * byte) & 0xFFu, rows[1].scale >> (8 * byte) & 0xFFu};
-    uint32_t tops = scales[0] | scales[1] << 16;
-    tops = max_u16x2(tops, __shfl_xor_sync(kFullWarp, tops, 1));
+    // Both entries in the halves of a word.
+    const uint32_t byte = c * (kDim / 4) / 32;  // of the lane's scale group
+    const uint32_t scales = permute(rows[0].scale, rows[1].scale, byte * 0x0101u + 0x0400u) & 0x00FF00FFu;
+    uint32_t tops = max_u16x2(scales, __shfl_xor_sync(kFullWarp, scales, 1));
     tops = max_u16x2(tops, __shfl_xor_sync(kFullWarp, tops, 2));
+    const uint32_t below = tops - scales;
+    const auto both = [](uint32_t x) { return x << 16 | x; };
+    // Bit 15 of a half: too far below; no normal number, or NaN. A borrow from the lower half is one of these as well.
+    const uint32_t rare = ((below + both(0x7FFFu - kExactBinades)) | (tops - both(kShift + 1)) | (tops + both(0x7F01u)));
+    relative[0] = -static_cast<int>(below & 0xFFFFu), relative[1] = -static_cast<int>(below >> 16);
+    factor[0] = __uint_as_float((tops - kShift) << 23);  // the upper half goes
+    factor[1] = __uint_as_float(((tops >> 16) - kShift) << 23);
+    if (!__any_sync(kFullWarp, rare & both(0x8000u))) return false;
     bool is_rare[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int top = static_cast<int>(tops >> (16 * i) & 0xFFFFu);
-      relative[i] = static_cast<int>(scales[i]) - top;
-      factor[i] = __uint_as_float(static_cast<uint32_t>(top - kShift) << 23);
-      const bool is_normal = static_cast<uint32_t>(top - kShift - 1) < 254u - kShift;  // NaN is not, nor 2^-127
-      is_rare[i] = relative[i] < -kExactBinades || !is_normal;
+      const uint32_t top = tops >> (16 * i) & 0xFFFFu;
+      is_rare[i] = relative[i] < -kExactBinades || top - kShift - 1 >= 254u - kShift;
     }
-    if (!__any_sync(kFullWarp, is_rare[0] || is_rare[1])) return false;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t lanes = __ballot_sync(kFullWarp, is_rare[i]);
       const bool is_mine = lanes >> (threadIdx.x % kWarpThreads & ~3u) & 15u;  // of this lane's entry
-      settle(rows[i].words, scales[i], is_mine, relative[i], factor[i]);
+      settle(rows[i].words, scales >> (16 * i) & 0xFFFFu, is_mine, relative[i], factor[i]);
     }
     return true;
   }
@@ -224,7 +229,7 @@ struct Nvfp4AsBf16 {
   static constexpr int kWords = kDim / 32;
   static constexpr int kSteps = kDim / Element::kStep;
   static constexpr int kPieces = 1, kPieceBytes = 4 * kWords, kScaleWords = 1;
-  static constexpr bool kScaled = false;
+  static constexpr bool kScaled = false, kIsMxfp4 = false;
   static constexpr float kUnit = 512.0f;
   using Row = Raw<kWords>;
 
@@ -260,7 +265,7 @@ template <int kDim_>
 struct Fp8Keys {
   static constexpr int kDim = kDim_;
   static constexpr int kPieces = kDim / 64, kPieceBytes = 16, kScaleWords = 1;
-  static constexpr bool kScaled = true;
+  static constexpr bool kScaled = true, kIsMxfp4 = false;
   static constexpr float kUnit = 1.0f;
   using Row = Raw<4 * kPieces>;
 
@@ -331,7 +336,7 @@ struct Bf16Keys {
   static constexpr int kDim = kDim_;
   static constexpr int kPieces = kDim / 32, kPieceBytes = 16, kScaleWords = 0;
   static constexpr int kSteps = kDim / Element::kStep;
-  static constexpr bool kScaled = false;
+  static constexpr bool kScaled = false, kIsMxfp4 = false;
   static constexpr float kUnit = 1.0f;
   using Row = Raw<4 * kPieces>;
 

@@ -79,6 +79,18 @@ __device__ __forceinline__ void load_values(const uint8_t* address, float (&x)[k
 
 // kWords words, in pieces of 16 or 8 bytes.
 template <int kWords>
+__device__ __forceinline__ void load_words(const uint8_t* address, uint32_t (&words)[kWords]) {
+  static_assert(kWords == 2 || kWords == 4, "8 bytes or 16");
+  if constexpr (kWords == 2) {
+    const uint2 raw = *reinterpret_cast<const uint2*>(address);
+    words[0] = raw.x, words[1] = raw.y;
+  } else {
+    const uint4 raw = load_16(address);
+    words[0] = raw.x, words[1] = raw.y, words[2] = raw.z, words[3] = raw.w;
+  }
+}
+
+template <int kWords>
 __device__ __forceinline__ void store_words(uint8_t* address, const uint32_t (&words)[kWords]) {
   static_assert(kWords == 2 || kWords % 4 == 0, "8 bytes, or whole 16-byte pieces");
   if constexpr (kWords == 2) {

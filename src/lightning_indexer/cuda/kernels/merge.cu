@@ -1,25 +1,28 @@
 // The second half of score_topk: make one selection of the parts of each split group (work.cuh).
 //
 // Block (b, q) of the grid merges query q of the group whose first part ended unfinished in block b of score.cu, if
-// there is one. Every part is the sorted top k of its entries. With P parts, the ceil(k / P)-th best of every part is
-// reached by at least k candidates, so the least of those is a threshold that the k-th best of all reaches; parts are
-// read from their best candidate on, and only as far as it. Parts are alike (`Walk`), so little is read in vain.
+// there is one. Every part is the top k of its entries, the best of them in front (`Front`). The k-th best of what lies in
+// front is a threshold that the k-th best of all reaches; only a part whose front lies above it whole, which parts that
+// are alike (`Walk`) hardly ever have, is read further.
 #include "select.cuh"
 #include "work.cuh"
 
 namespace lightning_indexer {
 
 constexpr int kMergeThreads = 512;
+constexpr int kMaxParts = 256;  // score_topk.py starts no more blocks
 
+// kCapacity: Front::merge_room. kMaxTopK: the largest top_k with that room.
 template <int kCapacity>
 struct MergeShared {
-  uint64_t list[kCapacity];
-  uint64_t threshold;  // keys from here on are kept
-  uint32_t count;
+  static constexpr int kMaxTopK = kCapacity == 4096 ? 512 : kCapacity / 4;
+  uint64_t keys[kCapacity];
+  uint64_t ordered[kMaxTopK];
+  PartList lists[kMaxParts];
+  uint32_t total, count;
   Team<kMergeThreads>::Scratch team_scratch;
 };
 
-// kCapacity: candidates in shared memory, at least twice top_k.
 template <class Block, int kCapacity>
 __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
     int32_t queries,
@@ -40,93 +43,115 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
     float* __restrict__ scores_out,
     int64_t scores_row_stride,
     int64_t scores_column_stride,
-    uint8_t* __restrict__ workspace) {
-  constexpr int kWarps = kMergeThreads / kWarpThreads;
-  constexpr int kAtOnce = 4;  // pieces of 32 candidates that a warp reads before the block meets
-  constexpr int kFull = kCapacity - kMergeThreads * kAtOnce;  // beyond, room for what is read at once
-  using HeldKeys = Held<kCapacity, kMergeThreads>;
+    int32_t early_blocks,
+    uint8_t* workspace) {  // not __restrict__: it may still be written when this kernel starts
+  using HeldKeys = Selection<SharedKeys<kCapacity, kMergeThreads>>;
 
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
   MergeShared<kCapacity>& shared = *reinterpret_cast<MergeShared<kCapacity>*>(dynamic_shared);
-  uint64_t* const list = shared.list;
 
   const Workspace space = {workspace, queries, capacity, top_k};
   const int first_block = static_cast<int>(blockIdx.x), query = static_cast<int>(blockIdx.y);
-  const SplitGroup group = space.split_group(first_block);
-  if (query >= group.size) return;
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpThreads, warp = thread / kWarpThreads;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpThreads;
   const Team<kMergeThreads> team = {thread, 0, shared.team_scratch};
-  const int parts = group.last_block - first_block + 1;
-  const auto part_keys = [&](int part) -> const uint64_t* {
-    return part == 0 ? space.candidates(first_block, query) : space.later_part(first_block + part, query);
-  };
-  const auto part_count = [&](int part) {
-    return part == 0 ? space.first_count(first_block, query) : space.later_count(first_block + part, query);
-  };
-
-  // --- a first threshold ----------------------------------------------------------------------------------------------
-  if (thread == 0) shared.threshold = kPadding, shared.count = 0;
-  __syncthreads();
-  const int reach = (top_k + parts - 1) / parts;
-  for (int part = thread; part < parts; part += kMergeThreads) {
-    const uint64_t key = part_keys(part)[reach - 1];  // both loads at once: what lies behind a part's end is not used
-    atomicMin(&shared.threshold, part_count(part) >= reach ? key : kAnyCandidate);
-  }
-  __syncthreads();
-
-  // --- candidates -----------------------------------------------------------------------------------------------------
-  // A warp reads kAtOnce parts side by side, 32 candidates of each at a time.
-  int parts_at[kAtOnce], offsets[kAtOnce];
-#pragma unroll
-  for (int i = 0; i < kAtOnce; ++i) parts_at[i] = warp * kAtOnce + i, offsets[i] = 0;
-  for (;;) {
-    uint64_t keys[kAtOnce];
-    bool is_done = true;
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int place = offsets[i] + lane;
-      const bool is_there = parts_at[i] < parts && place < top_k;
-      const uint64_t key = is_there ? part_keys(parts_at[i])[place] : kNoCandidate;
-      keys[i] = is_there && place < part_count(parts_at[i]) ? key : kNoCandidate;
+  for (bool rehearses = first_block < early_blocks && query == 0;; rehearses = false) {
+    SplitGroup group = {0, 1, first_block};
+    if (!rehearses) {
+      wait_for_last_kernel();
+      group = space.split_group(first_block);
+      if (query >= group.size) return;
     }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const bool keeps = keys[i] >= shared.threshold;
-      const uint32_t kept = __ballot_sync(kFullWarp, keeps);
-      uint32_t base = 0;
-      if (lane == 0 && kept) base = atomicAdd(&shared.count, static_cast<uint32_t>(__popc(static_cast<int>(kept))));
-      base = __shfl_sync(kFullWarp, base, 0);
-      if (keeps) list[base + __popc(static_cast<int>(kept & ((1u << lane) - 1)))] = keys[i];
-      offsets[i] += kWarpThreads;
-      if (kept != kFullWarp) parts_at[i] += kWarps * kAtOnce, offsets[i] = 0;  // sorted: the rest is below the threshold
-      is_done &= parts_at[i] >= parts;
-    }
-    if (__syncthreads_and(is_done)) break;
-    if (shared.count >= kFull) {
-      const HeldKeys held(team, list, static_cast<int>(shared.count));
-      const uint64_t raised = held.threshold(team, top_k, (kFull - top_k) / 8);
-      const int left = held.collect(team, raised, list, [](uint64_t key) { return key; });
-      if (thread == 0) shared.threshold = raised, shared.count = static_cast<uint32_t>(left);
+    const int parts = group.last_block - first_block + 1;
+    const Front front(top_k, parts);
+    // Those of part 0 lie with its block's candidates, the others with later parts, a block further each.
+    const uint64_t* const first_keys = space.candidates(first_block, query);
+    const uint64_t* const later_keys = space.later_part(first_block, query);
+    const uint32_t stride = static_cast<uint32_t>(queries * space.later_capacity());
+    const auto part_keys = [&](uint32_t part) { return part ? later_keys + part * stride : first_keys; };
+
+    // --- what lies in front -------------------------------------------------------------------------------------------
+    if (thread == 0) shared.total = 0;
+    int places = parts * front.most, wanted = top_k;
+    uint32_t mine = 0;
+    if (rehearses) {
+      places = kMergeThreads, wanted = min(kWarpThreads, top_k);
+      shared.keys[thread] = key_of(static_cast<float>(thread % 100), thread);
+      shared.lists[0] = {kNoCandidate, 0, 0};
+      mine = 1;
+    } else {
+      for (int i = thread; i < parts; i += kMergeThreads) {
+        const PartList& list = i ? space.later_list(first_block + i, query) : space.first_list(first_block, query);
+        copy_async<16>(shared_address(&shared.lists[i]), reinterpret_cast<const uint8_t*>(&list));
+      }
+#pragma unroll 1
+      for (int i = thread; i < places; i += kMergeThreads) {
+        const uint64_t* const key = part_keys(i / front.most) + i % front.most;
+        copy_async<8>(shared_address(&shared.keys[i]), reinterpret_cast<const uint8_t*>(key));
+      }
+      copy_commit();
+      copy_wait<0>();
     }
     __syncthreads();
-  }
+#pragma unroll 1
+    for (int i = thread; i < places && !rehearses; i += kMergeThreads) {
+      if (i % front.most < shared.lists[i / front.most].front) {
+        ++mine;
+      } else {
+        shared.keys[i] = kNoCandidate;
+      }
+    }
+    mine = __reduce_add_sync(kFullWarp, mine);
+    if (lane == 0) atomicAdd(&shared.total, mine);
+    HeldKeys held(team, shared.keys, places);
+    const auto top_of = [&](uint32_t count) {
+      return static_cast<int>(count) > wanted ? held.threshold(team, wanted, 0) : kAnyCandidate;
+    };
+    uint64_t threshold = top_of(shared.total);
 
-  // --- the top k ------------------------------------------------------------------------------------------------------
-  const Results results = {out, out_row_stride, out_column_stride, scores_out, scores_row_stride, scores_column_stride,
-                           top_k, by_score};
-  const HeldKeys held(team, list, static_cast<int>(shared.count));
-  const uint64_t last = static_cast<int>(shared.count) > top_k ? held.threshold(team, top_k, 0) : kAnyCandidate;
-  const int kept = held.collect(team, last, list, [&](uint64_t key) { return results.sortable(key); });
-  sort_ascending(team, list, kept);
-  const int64_t row = group.row + query;
-  const int64_t seq = clamped_seq({seq_ids, seq_ids_are_int64}, row, num_seqs);
-  results.write(team, row, list, kept, [&](uint32_t entry) {
-    const int first = static_cast<int>(entry);
-    if (!as_slots) return first;
-    const int64_t column = first / Block::kEntries;
-    const int32_t block = block_table[seq * table_row_stride + column * table_column_stride];
-    return (block < 0 ? 0 : block < num_blocks ? block : num_blocks - 1) * Block::kEntries + first % Block::kEntries;
-  });
+    // --- what lies behind, where it is wanted -------------------------------------------------------------------------
+    bool is_wanted = false;
+    for (int i = thread; i < parts; i += kMergeThreads) is_wanted |= shared.lists[i].bound > threshold;
+    if (__syncthreads_or(is_wanted)) {
+      int count = held.collect(team, threshold, kNoCandidate, shared.ordered);
+      for (int i = 0; i < parts; ++i) {
+        const PartList& behind = shared.lists[i];
+        for (int from = behind.front; from < behind.count && behind.bound > threshold; from += kCapacity - top_k) {
+          for (int j = thread; j < count; j += kMergeThreads) shared.keys[j] = shared.ordered[j];
+          if (thread == 0) shared.count = static_cast<uint32_t>(count);
+          __syncthreads();
+          const int to = min(behind.count, from + kCapacity - top_k);
+          for (int j = from + thread; j < to; j += kMergeThreads) {
+            const uint64_t key = part_keys(i)[j];
+            if (key >= threshold) shared.keys[atomicAdd(&shared.count, 1u)] = key;
+          }
+          __syncthreads();
+          held = HeldKeys(team, shared.keys, static_cast<int>(shared.count));
+          threshold = top_of(shared.count);
+          count = held.collect(team, threshold, kNoCandidate, shared.ordered);
+        }
+      }
+    }
+
+    // --- the top k ----------------------------------------------------------------------------------------------------
+    const Results results = {out, out_row_stride, out_column_stride, scores_out, scores_row_stride, scores_column_stride,
+                             top_k, by_score};
+    const int64_t row = group.row + query;
+    const int64_t seq = clamped_seq({seq_ids, seq_ids_are_int64}, row, num_seqs);
+    const auto slot_of = [&](uint32_t entry) {
+      const int first = static_cast<int>(entry);
+      if (!as_slots) return first;
+      const int64_t column = first / Block::kEntries;
+      const int32_t block = block_table[seq * table_row_stride + column * table_column_stride];
+      return (block < 0 ? 0 : block < num_blocks ? block : num_blocks - 1) * Block::kEntries + first % Block::kEntries;
+    };
+    const int kept = held.emit_in_order(
+        team, threshold, shared.ordered, [&](uint64_t key) { return results.sortable(key); },
+        [&](int place, uint64_t value) {
+          if (!rehearses) results.write(row, place, value, slot_of);
+        });
+    if (!rehearses) return results.fill(team, row, kept);
+    __syncthreads();
+  }
 }
 
 }  // namespace lightning_indexer

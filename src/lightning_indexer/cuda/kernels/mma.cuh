@@ -41,24 +41,33 @@ struct Wgmma {
   // Every thread that stored queries calls it before the block meets: wgmma reads behind the back of ordinary accesses.
   __device__ static __forceinline__ void publish() { wgmma_publish(); }
 
-  // Calls use(n, acc) for every eight columns n, in order. `base`: the queries in shared memory.
-  template <class Use>
+  // For each half of a tile: calls before(half), which may make a[half] ready, then use(half, n, acc) for every eight
+  // columns n, in order, then after(half). `base`: the queries in shared memory.
+  template <int kHalves, class Before, class Use, class After>
   __device__ static __forceinline__ void multiply(
-      const uint32_t (&a)[kSteps][4], const uint8_t* base, const Use& use) {
-    float acc[kColumns / 2];
-    wgmma_begin();
-    const uint64_t first = descriptor(base);
+      const uint32_t (&a)[kHalves][kSteps][4], const uint8_t* base, const Before& before, const Use& use,
+      const After& after) {
 #pragma unroll
-    for (int term = 0; term < kTerms; ++term) {
+    for (int half = 0; half < kHalves; ++half) {
+      before(half);
+      float acc[kColumns / 2];
+      wgmma_begin();
+      const uint64_t first = descriptor(base);
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        const int offset = term * kTermBytes + step / 4 * kPanelBytes + step % 4 * 32;
-        WgmmaInstruction<Element, kColumns>::issue(acc, a[step], first + offset / 16, term + step != 0);
+      for (int term = 0; term < kTerms; ++term) {
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+          const int offset = term * kTermBytes + step / 4 * kPanelBytes + step % 4 * 32;
+          WgmmaInstruction<Element, kColumns>::issue(acc, a[half][step], first + offset / 16, term + step != 0);
+        }
       }
-    }
-    wgmma_finish();
+      wgmma_finish();
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) use(n, acc + 4 * n);
+      for (int n = 0; n < kColumns / 8; ++n) wgmma_pin(acc + 4 * n);
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) use(half, n, acc + 4 * n);
+      after(half);
+    }
   }
 
   // K-major, eight rows of 128 bytes to a swizzle atom.
@@ -86,25 +95,34 @@ struct MmaSync {
 
   __device__ static __forceinline__ void publish() {}
 
-  template <class Use>
+  template <int kHalves, class Before, class Use, class After>
   __device__ static __forceinline__ void multiply(
-      const uint32_t (&a)[kSteps][4], const uint8_t* base, const Use& use) {
+      const uint32_t (&a)[kHalves][kSteps][4], const uint8_t* base, const Before& before, const Use& use,
+      const After& after) {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) before(half);
     const uint8_t* mine = base + threadIdx.x % kWarpThreads * 16;
 #pragma unroll 2  // more, and the compiler loads more than it has registers for
     for (int n = 0; n < kColumns / 8; ++n) {
-      float acc[4] = {0, 0, 0, 0};
+      float acc[kHalves][4] = {};
 #pragma unroll
       for (int term = 0; term < kTerms; ++term) {
 #pragma unroll
         for (int pair = 0; pair < kSteps / 2; ++pair) {
           const int place = (n * (kSteps / 2) + pair) * kWarpThreads * 16 + term * kTermBytes;
           const uint4 b = *reinterpret_cast<const uint4*>(mine + place);
-          mma_sync(Element{}, acc, a[2 * pair], b.x, b.y);
-          mma_sync(Element{}, acc, a[2 * pair + 1], b.z, b.w);
+#pragma unroll
+          for (int half = 0; half < kHalves; ++half) {
+            mma_sync(Element{}, acc[half], a[half][2 * pair], b.x, b.y);
+            mma_sync(Element{}, acc[half], a[half][2 * pair + 1], b.z, b.w);
+          }
         }
       }
-      use(n, acc);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) use(half, n, acc[half]);
     }
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) after(half);
   }
 };
 

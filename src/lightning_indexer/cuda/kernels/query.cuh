@@ -24,6 +24,25 @@ struct Queries {
   QueryFormat format;
   int32_t num_heads;
   const double* factor;  // multiplies every score; in shared memory, where it holds no registers
+
+  // Bring up to `count` queries from `row` on, of `num_tokens`, nearer: thread `thread` of `threads` takes its lines.
+  template <int kDim>
+  __device__ __forceinline__ void prefetch(
+      int64_t row, int count, int num_tokens, uint32_t thread, uint32_t threads) const {
+    const uint32_t rows = static_cast<uint32_t>(min(static_cast<int64_t>(count), num_tokens - row));
+    const uint32_t row_bytes = static_cast<uint32_t>(num_heads) * kDim * value_bits() / 8;
+    constexpr uint32_t kLine = 128;
+    for (uint32_t at = thread * kLine; at < rows * row_bytes; at += threads * kLine) {
+      prefetch_line(data + row * row_bytes + at);
+    }
+    for (uint32_t at = thread * kLine; at < rows * num_heads * 4; at += threads * kLine) {
+      prefetch_line(reinterpret_cast<const uint8_t*>(weights + row * num_heads) + at);
+    }
+  }
+
+  __device__ __forceinline__ uint32_t value_bits() const {
+    return format <= QueryFormat::kNvfp4 ? 4 : format == QueryFormat::kFp8 ? 8 : format == QueryFormat::kFp32 ? 32 : 16;
+  }
 };
 
 __device__ __forceinline__ float e2m1_value(uint32_t code) {
@@ -106,16 +125,27 @@ struct Weights {
   __device__ static __forceinline__ int place(int h) { return h % 8 / 2 * kPerLane + h / 8 * 2 + h % 2; }
 };
 
-// Store `num_queries` queries from `first` on: operands at `target`, weights (halved, for (a + |a|) * w), and for each
-// query two factors that its score is still to be multiplied by. `folded`: [num_queries][kHeads] doubles. All threads that
-// score call it; the caller synchronises before and after.
+// A head of an operand: what is at its place, and what its weight is multiplied by.
+struct Place {
+  int query, head;   // within the block
+  bool is_real;      // others are padding
+  int64_t source;    // of the head, among all; 0 for padding
+
+  template <int kHeads>
+  __device__ static __forceinline__ Place of(const Queries& queries, int row, int first, int num_queries) {
+    const int query = row / kHeads, head = row % kHeads;
+    const bool is_real = query < num_queries && head < queries.num_heads;
+    return {query, head, is_real, is_real ? static_cast<int64_t>(first + query) * queries.num_heads + head : 0};
+  }
+};
+
+// Operands of any query format, and weights times all factors but the query's.
 //
 // A lane takes eight dims at a time, a head is spread over consecutive lanes: a short loop, since its code is read from
 // memory once per launch.
 template <class Keys, class Mma, int kHeads, int kPerMma, int kTerms, int kThreads>
-__device__ __forceinline__ void load_queries(
-    const Queries& queries, int first, int num_queries, uint8_t* target, float* weights, double* folded,
-    float2* row_scales) {
+__device__ __forceinline__ void load_operands(
+    const Queries& queries, int first, int num_queries, uint8_t* target, double* folded) {
   constexpr int kPerRegister = Keys::Element::kPerRegister;
   constexpr bool kIsE4M3 = kPerRegister == 4;
   constexpr int kRuns = Keys::kDim / kRunValues, kRegisters = kRunValues / kPerRegister;
@@ -124,9 +154,7 @@ __device__ __forceinline__ void load_queries(
   const bool is_kept = kIsE4M3 && queries.format == QueryFormat::kFp8;  // codes are taken as they are
 #pragma unroll 1
   for (int row = thread / kRuns; row < padded * kHeads; row += kThreads / kRuns) {
-    const int query = row / kHeads, h = row % kHeads;
-    const bool is_real = query < num_queries && h < queries.num_heads;
-    const int64_t head = is_real ? static_cast<int64_t>(first + query) * queries.num_heads + h : 0;
+    const auto [query, h, is_real, head] = Place::of<kHeads>(queries, row, first, num_queries);
     // What the weight is made of, under way with the values.
     const float weight = queries.weights[head];
     const bool has_scale = queries.format == QueryFormat::kFp8 && queries.scale;
@@ -171,6 +199,66 @@ __device__ __forceinline__ void load_queries(
     }
     if (run == 0) folded[row] = is_real ? weight * (*queries.factor * scale) * wide_power_of_two(exponent) : 0.0;
   }
+}
+
+// The same for mxfp4 queries of mxfp4 keys in E4M3: a head is turned into an operand as a key is.
+template <class Keys, class Mma, int kHeads, int kPerMma, int kThreads>
+__device__ __forceinline__ void load_mxfp4_operands(
+    const Queries& queries, int first, int num_queries, uint8_t* target, double* folded) {
+  const int thread = static_cast<int>(this_thread()), lane = thread % kWarpThreads, c = lane % 4;
+  const int padded = (num_queries + kPerMma - 1) / kPerMma * kPerMma;
+#pragma unroll 1
+  for (int from = thread / kWarpThreads * 16; from < padded * kHeads; from += kThreads / kWarpThreads * 16) {
+    typename Keys::Row raw[2];
+    float weights[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = min(from + lane / 4 + 8 * i, padded * kHeads - 1);
+      const Place place = Place::of<kHeads>(queries, row, first, num_queries);
+      const uint8_t* codes = queries.data + place.source * (Keys::kDim / 2) + c * Keys::kPieceBytes;
+      load_words(codes, raw[i].words);
+      raw[i].scale = reinterpret_cast<const uint32_t*>(queries.scale)[place.source];
+      weights[i] = queries.weights[place.source];
+      if (!place.is_real) {
+        weights[i] = 0, raw[i].scale = 0x7F7F7F7Fu;
+#pragma unroll
+        for (uint32_t& word : raw[i].words) word = 0;
+      }
+    }
+    uint32_t a[Keys::kSteps][4];
+    float factor[2];
+    Keys::convert(raw, c, a, factor);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = from + lane / 4 + 8 * i, query = row / kHeads, column = query % kPerMma * kHeads + row % kHeads;
+      if (row >= padded * kHeads) continue;
+      uint8_t* const base = target + query / kPerMma * Mma::kBytes;
+#pragma unroll
+      for (int step = 0; step < Keys::kSteps; ++step) {
+        *reinterpret_cast<uint32_t*>(base + Mma::word_offset(column, step, 0, c)) = a[step][i];
+        *reinterpret_cast<uint32_t*>(base + Mma::word_offset(column, step, 1, c)) = a[step][2 + i];
+      }
+      if (c == 0) folded[row] = weights[i] * (*queries.factor * factor[i]);
+    }
+  }
+}
+
+// Store `num_queries` queries from `first` on: operands at `target`, weights (halved, for (a + |a|) * w), and for each
+// query two factors that its score is still to be multiplied by. `folded`: [num_queries][kHeads] doubles. All threads that
+// score call it; the caller synchronises before and after.
+template <class Keys, class Mma, int kHeads, int kPerMma, int kTerms, int kThreads>
+__device__ __forceinline__ void load_queries(
+    const Queries& queries, int first, int num_queries, uint8_t* target, float* weights, double* folded,
+    float2* row_scales) {
+  constexpr bool kIsMxfp4 = Keys::kIsMxfp4 && Keys::Element::kPerRegister == 4;
+  if (kIsMxfp4 && queries.format == QueryFormat::kMxfp4) {
+    if constexpr (kIsMxfp4) {
+      load_mxfp4_operands<Keys, Mma, kHeads, kPerMma, kThreads>(queries, first, num_queries, target, folded);
+    }
+  } else {
+    load_operands<Keys, Mma, kHeads, kPerMma, kTerms, kThreads>(queries, first, num_queries, target, folded);
+  }
+  const int thread = static_cast<int>(this_thread()), padded = (num_queries + kPerMma - 1) / kPerMma * kPerMma;
   sync_scorers<kThreads>();
   const int lane = thread % kWarpThreads;
 #pragma unroll 1

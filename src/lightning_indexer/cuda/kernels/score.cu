@@ -10,11 +10,11 @@
 //   workspace                 see work.cuh
 //
 // A block holds a group of queries in shared memory and streams its part of their sequence's keys past them (work.cuh,
-// feed.cuh). Each of its warpgroups takes its share of the tiles of 64 entries; a warp turns sixteen of them into an operand
-// of the product (keys.cuh, mma.cuh) and sums the weighted ReLU of its columns: (a + |a|) * (w / 2) is one addition and one
-// fused product on the FMA pipe, where a maximum would compete with dequantisation. Two exchanges within a quad of lanes
-// finish a score, always in the same order, so its bits depend on the query and the entry alone. No score leaves the
-// registers but the few that pass their query's threshold; they become candidates (select.cuh).
+// feed.cuh). Each of its warpgroups takes its share of the tiles of 64 entries or twice that; a warp turns sixteen at a
+// time into an operand of the product (keys.cuh, mma.cuh) and sums the weighted ReLU of its columns: (a + |a|) * (w / 2) is
+// one addition and one fused product on the FMA pipe, where a maximum would compete with dequantisation. Two exchanges
+// within a quad of lanes finish a score, always in the same order, so its bits depend on the query and the entry alone. No
+// score leaves the registers but the few that pass their query's threshold; they become candidates (select.cuh).
 // When a list of candidates runs full, the block meets, cuts the lists back to about the top k, and raises the
 // thresholds. At the end of a group the block selects exactly, or leaves its part to merge.cu.
 //
@@ -33,17 +33,20 @@ namespace lightning_indexer {
 //              threads, since more would wait longer for one another than they save
 //   kStages    tiles that a warpgroup has under way
 //   kOffset    where the operands begin in shared memory, after `Shared`
-template <int kHeads_, int kQueries_, int kPerMma_, int kGroups_, int kCapacity_, int kTeams_, int kStages_, int kOffset_>
+//   kHalves    times 64 entries that a tile has
+//   kMaxTopK   the largest top_k it serves
+template <int kHeads_, int kQueries_, int kPerMma_, int kGroups_, int kCapacity_, int kTeams_, int kStages_, int kOffset_,
+          int kHalves_, int kMaxTopK_>
 struct Shape {
   static constexpr int kHeads = kHeads_, kQueries = kQueries_, kPerMma = kPerMma_, kGroups = kGroups_;
   static constexpr int kCapacity = kCapacity_, kTeams = kTeams_, kStages = kStages_, kOffset = kOffset_;
   static constexpr int kThreads = kGroups * 128;
   static constexpr int kLoneTeam = kGroups >= 4 ? 512 : kGroups >= 2 ? 256 : 128;
   static constexpr int kTeamThreads = kTeams == 1 ? kLoneTeam : kThreads / kTeams;
-  static constexpr int kTilesPerLook = kQueries == 1 ? 2 : 1;  // that a warpgroup scores before it looks at the lists
-  static constexpr int kMaxTopK = kCapacity == 2048 ? 512 : kCapacity / 2;
+  static constexpr int kHalves = kHalves_, kTile = kHalves * kHalfEntries;
+  static constexpr int kMaxTopK = kMaxTopK_;
   // A list that holds this many is cut back; beyond is room for what is under way in each warpgroup.
-  static constexpr int kFull = kCapacity - kGroups * kTilesPerLook * kTileEntries;
+  static constexpr int kFull = kCapacity - kGroups * kTile;
   static_assert(kQueries % kPerMma == 0, "products are full");
   static_assert(kGroups % kTeams == 0, "a team is some warpgroups");
 };
@@ -51,7 +54,7 @@ struct Shape {
 template <class Shape, class Mma>
 struct Shared {
   using Teams = Team<Shape::kTeamThreads>;
-  using Plan = Planner<Shape::kQueries, Shape::kPerMma, Shape::kGroups>;
+  using Plan = Planner<Shape::kQueries, Shape::kPerMma, Shape::kGroups, Shape::kTile>;
   Range range;
   double factor;
   Part part;
@@ -65,9 +68,15 @@ struct Shared {
   typename Teams::Scratch team_scratch[Shape::kTeams];
 };
 
-// Named barriers of a block: 0 for all that score, one per warpgroup, one per team; all threads are done with a part, and
-// the next is known.
-constexpr int kFirstGroupBarrier = 1, kFirstTeamBarrier = 8, kDoneBarrier = 14, kPartBarrier = 15;
+// Sum two values over pairs of lanes two apart; the lanes that are upper keep the second sum, the others the first, in `a`.
+__device__ __forceinline__ void exchange(bool is_upper, float& a, float b) {
+  const float mine = is_upper ? b : a, theirs = is_upper ? a : b;
+  a = mine + __shfl_xor_sync(kFullWarp, theirs, 2);
+}
+
+// Named barriers of a block: 0 for all that score, one per warpgroup, one per team; all threads are done with a part, the
+// next is known, its queries are loaded.
+constexpr int kFirstGroupBarrier = 1, kLoadedBarrier = 7, kFirstTeamBarrier = 8, kDoneBarrier = 14, kPartBarrier = 15;
 
 template <class Keys, class Mma, class Feed, class Block, class Shape, int kTerms, bool kDense>
 __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) score_topk(
@@ -103,12 +112,20 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
   constexpr int kHeads = Shape::kHeads, kPerMma = Shape::kPerMma, kGroups = Shape::kGroups;
   constexpr int kThreads = Shape::kThreads, kTeamThreads = Shape::kTeamThreads;
   using SharedData = Shared<Shape, Mma>;
-  using HeldKeys = Held<Shape::kCapacity, kTeamThreads>;
+  using HeldKeys = Selection<RegisterKeys<Shape::kCapacity, kTeamThreads>>;
+  constexpr int kHalves = Shape::kHalves;
   constexpr int kOperandBytes = Shape::kQueries / kPerMma * Mma::kBytes;
   constexpr int kSortBytes = Shape::kTeams * Shape::kMaxTopK * 8;
+  // At the end of a part, when no tiles are under way, a lone team has their place in the rings for its candidates and their
+  // order, if that is enough.
+  constexpr bool kIsRoomy =
+      Shape::kTeams == 1 && Feed::kBytes - Feed::kControlBytes >= (Shape::kCapacity + Shape::kMaxTopK) * 8;
+  using LastKeys = Selection<typename Either<kIsRoomy, SharedKeys<Shape::kCapacity, kTeamThreads>,
+                                             RegisterKeys<Shape::kCapacity, kTeamThreads>>::Type>;
   static_assert(sizeof(SharedData) <= Shape::kOffset && Shape::kOffset % 1024 == 0, "room before the operands");
   static_assert(Mma::kColumns == kPerMma * kHeads, "a product has a column per query and head");
 
+  let_next_kernel_start();
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];  // the swizzle of wgmma's operand counts on it
   SharedData& shared = *reinterpret_cast<SharedData*>(dynamic_shared);
   uint8_t* const operands = dynamic_shared + Shape::kOffset;
@@ -131,7 +148,12 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
         barrier_arrive<kAllThreads>(kDoneBarrier);
         barrier_sync<kAllThreads>(kPartBarrier);
         if (shared.part.is_none) return;
-        if (thread < kThreads + kGroups * kWarpThreads) producer.produce(pages, rings, shared.part);
+        const auto loaded = [] { barrier_sync<kAllThreads>(kLoadedBarrier); };
+        if (thread < kThreads + kGroups * kWarpThreads) {
+          producer.produce(pages, rings, shared.part, loaded);
+        } else {
+          loaded();
+        }
       }
     }
   }
@@ -142,9 +164,14 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
   const typename SharedData::Plan plan = {rows};
   if (thread < kWarpThreads) plan.find_range(shared.range);
   if (!kDense && thread == 0) space.split_group(this_block()) = {0, 0, 0};
+  // Meanwhile, what this block will read if sequences are about equally long.
+  if (thread >= kWarpThreads) {
+    const int64_t row = static_cast<int64_t>(this_block()) * num_tokens / all_blocks();
+    queries.prefetch<Keys::kDim>(row, Shape::kQueries, num_tokens, thread - kWarpThreads, kThreads - kWarpThreads);
+  }
 
   for (;;) {
-    barrier_sync<kAllThreads>(kDoneBarrier);  // nobody reads the last part any more, nor its group's sorted lists
+    barrier_sync<kAllThreads>(kDoneBarrier);  // nobody reads the last part any more, nor what lies over its operands
     if (thread < kWarpThreads) plan.next(shared.range, shared.part);
     barrier_sync<kAllThreads>(kPartBarrier);
     if (shared.part.is_none) break;
@@ -162,65 +189,85 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
     load_queries<Keys, Mma, kHeads, kPerMma, kTerms, kThreads>(
         queries, part.group.row, size, operands, shared.weights, shared.folded, shared.row_scales);
     Mma::publish();
+    if constexpr (Feed::kProducerThreads > 0) barrier_arrive<kAllThreads>(kLoadedBarrier);
     sync_scorers<kThreads>();
 
     // --- score ------------------------------------------------------------------------------------------------------
     feed.begin(part, rings);
     const auto score_tile = [&]() {
-      typename Keys::Row raw[2];
-      const uint32_t first_entry = feed.next(raw);
-      uint32_t a[Keys::kSteps][4];
-      float factor[2];
-      Keys::convert(raw, c, a, factor);
-      const int entry = static_cast<int>(first_entry + lane / 4 + 8 * (c & 1));
-
+      const int first_entry = static_cast<int>(feed.next() + lane / 4 + 8 * (c & 1));  // that the lane finishes
+      uint32_t a[kHalves][Keys::kSteps][4];
+      float factor[kHalves][2];
+      const auto make_ready = [&](int half) {
+        typename Keys::Row raw[2];
+        feed.read(half, raw);
+        Keys::convert(raw, c, a[half], factor[half]);
+      };
       constexpr bool kIsOneProduct = Shape::kQueries == kPerMma;
+      if constexpr (!kIsOneProduct) {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) make_ready(half);
+      }
 #pragma unroll 1
       for (uint32_t q = 0; q < (kIsOneProduct ? 1 : size); q += kPerMma) {
-        // Sums over this lane's columns, of both its entries, even and odd columns apart.
-        float sums[kPerMma][2][2] = {};
+        // Sums over this lane's columns, of both its entries of each half, even and odd columns apart.
+        float sums[kHalves][kPerMma][2][2] = {};
         const float* lane_weights = shared.weights + q * Weights<kHeads>::kPerQuery + c * Weights<kHeads>::kPerLane;
         float4 w;
-        Mma::multiply(a, operands + q / kPerMma * Mma::kBytes, [&](int n, const float* acc) {
+        const auto before = [&](int half) {
+          if constexpr (kIsOneProduct) make_ready(half);
+        };
+        const auto use = [&](int half, int n, const float* acc) {
           constexpr int kColumnGroups = kHeads / 8;
           const int query = kPerMma == 1 ? 0 : n / kColumnGroups, column = n % kColumnGroups;
           const float* place = lane_weights + query * Weights<kHeads>::kPerQuery + 2 * column;
           if (column % 2 == 0) w = *reinterpret_cast<const float4*>(place);  // of two groups of columns
           const float even = column % 2 == 0 ? w.x : w.z, odd = column % 2 == 0 ? w.y : w.w;
+          float(&sum)[2][2] = sums[half][query];
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            sums[query][i][0] = fmaf(acc[2 * i] + fabsf(acc[2 * i]), even, sums[query][i][0]);
-            sums[query][i][1] = fmaf(acc[2 * i + 1] + fabsf(acc[2 * i + 1]), odd, sums[query][i][1]);
+            sum[i][0] = fmaf(acc[2 * i] + fabsf(acc[2 * i]), even, sum[i][0]);
+            sum[i][1] = fmaf(acc[2 * i + 1] + fabsf(acc[2 * i + 1]), odd, sum[i][1]);
           }
-        });
-        if (q == 0) feed.release();
+        };
         // Over the quad: lanes with an even c finish entry `row`, the others `row + 8`; the halves of the quad share the
-        // queries.
-        float score[kPerMma];
-#pragma unroll
-        for (int i = 0; i < kPerMma; ++i) {
-          const float upper = sums[i][0][0] + sums[i][0][1], lower = sums[i][1][0] + sums[i][1][1];
-          score[i] = c & 1 ? lower : upper;
-          score[i] += __shfl_xor_sync(kFullWarp, c & 1 ? upper : lower, 1);
-        }
+        // queries, or the halves of the tile.
         constexpr int kKept = kPerMma == 1 ? 1 : kPerMma / 2;
+        constexpr bool kSharesHalves = kPerMma == 1 && kHalves == 2;
+        float score[kHalves][kPerMma];
+        const auto after = [&](int half) {
 #pragma unroll
-        for (int i = 0; i < kKept; ++i) {
-          if constexpr (kPerMma == 1) {
-            score[0] += __shfl_xor_sync(kFullWarp, score[0], 2);
-          } else {
-            const float mine = c & 2 ? score[i + kKept] : score[i], theirs = c & 2 ? score[i] : score[i + kKept];
-            score[i] = mine + __shfl_xor_sync(kFullWarp, theirs, 2);
+          for (int i = 0; i < kPerMma; ++i) {
+            const float(&sum)[2][2] = sums[half][i];
+            const float upper = sum[0][0] + sum[0][1], lower = sum[1][0] + sum[1][1];
+            score[half][i] = (c & 1 ? lower : upper) + __shfl_xor_sync(kFullWarp, c & 1 ? upper : lower, 1);
           }
-        }
+          if constexpr (kPerMma == 1 && !kSharesHalves) {
+            score[half][0] += __shfl_xor_sync(kFullWarp, score[half][0], 2);
+          } else if constexpr (kPerMma > 1) {
+#pragma unroll
+            for (int i = 0; i < kKept; ++i) exchange(c & 2, score[half][i], score[half][i + kKept]);
+          }
+        };
+        Mma::multiply(a, operands + q / kPerMma * Mma::kBytes, before, use, after);
+        if (q == 0) feed.release();
+        if constexpr (kSharesHalves) exchange(c & 2, score[0][0], score[1][0]);
         const uint32_t query = q + (kPerMma > 1 && c & 2 ? kKept : 0);
 #pragma unroll
-        for (int i = 0; i < kKept; ++i) {
+        for (int j = 0; j < (kSharesHalves ? 1 : kHalves) * kKept; ++j) {
+          // The lane's half of the tile: one, or that of its half of the quad.
+          const int i = j % kKept, kept = kSharesHalves ? 0 : j / kKept;
+          const bool is_second = kSharesHalves ? c & 2 : kept;
+          const int entry = first_entry + (is_second ? kHalfEntries : 0);
           // The factors go together first: where they leave the range, all but the smallest scores do.
           const float2 row_scale = shared.row_scales[query + i];
-          const float key_scale = Keys::kScaled ? (c & 1 ? factor[1] : factor[0]) : 1.0f;
-          const float value = score[i] * (key_scale * row_scale.x * row_scale.y);
-          const bool is_mine = kPerMma > 1 || c < 2;
+          float key_scale = 1.0f;
+          if constexpr (Keys::kScaled) {
+            key_scale = c & 1 ? factor[0][1] : factor[0][0];
+            if constexpr (kHalves == 2) key_scale = is_second ? (c & 1 ? factor[1][1] : factor[1][0]) : key_scale;
+          }
+          const float value = score[kept][i] * (key_scale * row_scale.x * row_scale.y);
+          const bool is_mine = kPerMma > 1 || kSharesHalves || c < 2;
           if constexpr (kDense) {
             if (is_mine && query + i < size && entry < shared.lens[query + i]) {
               const int64_t row = part.group.row + query + i;
@@ -256,8 +303,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
     for (;;) {
       while (feed.has_tile()) {
         const volatile uint32_t* counts = shared.counts;
-        const bool looks = feed.turn() % Shape::kTilesPerLook == 0;
-        if (looks && barrier_any<128>(kFirstGroupBarrier + group_index, lane < size && counts[lane] >= Shape::kFull)) break;
+        if (barrier_any<128>(kFirstGroupBarrier + group_index, lane < size && counts[lane] >= Shape::kFull)) break;
         score_tile();
       }
       if (barrier_all<kThreads>(0, !feed.has_tile())) break;
@@ -268,11 +314,11 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
       for (uint32_t q = team_index; team_index < Shape::kTeams && q < size; q += Shape::kTeams) {
         const int count = static_cast<int>(shared.counts[q]);
         const int room = Shape::kFull - top_k;
-        if (count < top_k + room / 4) continue;
+        if (4 * (count - top_k) < room) continue;
         uint64_t* const list = space.candidates(this_block(), q);
-        const HeldKeys held(team, list, count);
+        HeldKeys held(team, list, count);
         const uint64_t threshold = held.threshold(team, top_k, room / 8);
-        const int left = held.collect(team, threshold, list, [](uint64_t key) { return key; });
+        const int left = held.collect(team, threshold, kNoCandidate, list);
         if (team.rank == 0) {
           shared.thresholds[q] = threshold;
           shared.score_thresholds[q] = score_threshold(threshold);
@@ -289,33 +335,55 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
                                      shared.team_scratch[min(team_index, Shape::kTeams - 1u)]};
     const Sequence<Block> sequence(pages, part.group);
     const bool is_split = !(part.is_first && part.is_last);
-    // The operands give way to what is sorted.
-    uint64_t* const sorted =
-        reinterpret_cast<uint64_t*>(operands) + team_index * max(power_of_two_at_least(top_k), kWarpThreads);
+    uint64_t* const ordered = kIsRoomy ? reinterpret_cast<uint64_t*>(rings + Feed::kControlBytes)
+                                       : reinterpret_cast<uint64_t*>(operands) +
+                                             team_index * max(power_of_two_at_least(top_k), kWarpThreads);
     for (uint32_t q = team_index; team_index < Shape::kTeams && q < size; q += Shape::kTeams) {
       const int count = static_cast<int>(shared.counts[q]);
-      const HeldKeys held(team, space.candidates(this_block(), q), count);
-      const uint64_t threshold = count > top_k ? held.threshold(team, top_k, 0) : kAnyCandidate;
-      const int kept = held.collect(team, threshold, sorted, [&](uint64_t key) {
-        return is_split ? ~key : results.sortable(key);
-      });
-      sort_ascending(team, sorted, kept);
+      uint64_t* const candidates = space.candidates(this_block(), q);
+      LastKeys held = [&] {
+        if constexpr (kIsRoomy) {
+          uint64_t* const place = ordered + Shape::kMaxTopK;
+#pragma unroll 1
+          for (int i = team.rank; i < count; i += kTeamThreads) {
+            copy_async<8>(shared_address(place + i), reinterpret_cast<const uint8_t*>(candidates + i));
+          }
+          copy_commit();
+          copy_wait<0>();
+          return LastKeys(team, place, count);
+        } else {
+          return LastKeys(team, candidates, count);
+        }
+      }();
+      const int room = !is_split ? top_k : part.is_first ? Shape::kCapacity : space.later_capacity();
+      const uint64_t threshold = count > room ? held.threshold(team, top_k, 0) : kAnyCandidate;
       if (!is_split) {
-        results.write(team, part.group.row + q, sorted, kept, [&](uint32_t entry) {
+        const int64_t row = part.group.row + q;
+        const auto slot_of = [&](uint32_t entry) {
           if (!as_slots) return static_cast<int32_t>(entry);
           const uint32_t block = pages.clamp(sequence.find(pages, entry));
           return static_cast<int32_t>(block * Block::kEntries + entry % Block::kEntries);
-        });
+        };
+        const int kept = held.emit_in_order(
+            team, threshold, ordered, [&](uint64_t key) { return results.sortable(key); },
+            [&](int place, uint64_t value) { results.write(row, place, value, slot_of); });
+        results.fill(team, row, kept);
       } else {
-        uint64_t* const list = part.is_first ? space.candidates(this_block(), q) : space.later_part(this_block(), q);
-        for (int i = team.rank; i < kept; i += kTeamThreads) list[i] = ~sorted[i];
+        const Front front(top_k, part.parts);
+        const int kept = count > room ? top_k : count;
+        team.sync();  // all have read what the last threshold left in the team's memory
+        const uint64_t bound =
+            kept > front.most ? held.threshold(team, front.least, front.most - front.least) : kNoCandidate;
+        uint64_t* const list = part.is_first ? candidates : space.later_part(this_block(), q);
+        const int in_front = held.collect(team, threshold, bound, list);
         if (team.rank == 0) {
-          (part.is_first ? space.first_count(this_block(), q) : space.later_count(this_block(), q)) = kept;
+          (part.is_first ? space.first_list(this_block(), q) : space.later_list(this_block(), q)) = {bound, in_front, kept};
         }
       }
       team.sync();
     }
-    if (is_split && part.is_first && thread == 0) {
+    if (kIsRoomy && shared.range.start < shared.range.end) Feed::reclaim();  // there is another part
+    if (is_split && part.is_first && self == 0) {
       space.split_group(this_block()) = {part.group.row, static_cast<int32_t>(size), part.last_block};
     }
   }

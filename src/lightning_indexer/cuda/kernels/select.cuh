@@ -51,8 +51,9 @@ struct Team {
 
   struct Scratch {
     alignas(16) uint32_t bins[2][kBins];
-    uint32_t low, high;  // ranks
+    uint32_t low, high, least_top;  // ranks
     uint32_t total;
+    uint32_t crowd;  // keys in the fullest bin
   };
 
   int rank;     // of this thread
@@ -62,43 +63,124 @@ struct Team {
   __device__ __forceinline__ void sync() const { barrier_sync<kThreads>(barrier); }
 };
 
-// The keys of a buffer of up to kCapacity, spread over a team.
-template <int kCapacity, int kThreads>
-struct Held {
-  static constexpr int kPerThread = (kCapacity + kThreads - 1) / kThreads;
-  using Members = Team<kThreads>;
+// --- order ----------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ constexpr int power_of_two_at_least(int n) {
+  int size = 1;
+  while (size < n) size *= 2;
+  return size;
+}
+
+// One value per lane: the exchanges of `run` at all distances below 32. `i`: the value's place.
+__device__ __forceinline__ uint64_t merge_within_warp(uint64_t value, int i, int run) {
+#pragma unroll 1
+  for (int distance = ::min(run, kWarpThreads) / 2; distance > 0; distance /= 2) {
+    const uint64_t other = __shfl_xor_sync(kFullWarp, value, distance);
+    const bool keeps_smaller = ((i & distance) == 0) == ((i & run) == 0);
+    value = (other < value) == keeps_smaller ? other : value;
+  }
+  return value;
+}
+
+// Sort `values` [at least 32, and power_of_two_at_least(count)] ascending (bitonic); those from `count` on are set to
+// padding first.
+template <int kThreads>
+__device__ __forceinline__ void sort_ascending(const Team<kThreads>& team, uint64_t* values, int count) {
+  const int size = ::max(power_of_two_at_least(count), kWarpThreads);
+  for (int i = team.rank; i < size; i += kThreads) {
+    uint64_t value = i < count ? values[i] : kPadding;
+#pragma unroll 1
+    for (int run = 2; run <= kWarpThreads; run *= 2) value = merge_within_warp(value, i, run);
+    values[i] = value;
+  }
+  team.sync();
+  for (int run = 2 * kWarpThreads; run <= size; run *= 2) {
+    for (int distance = run / 2; distance >= kWarpThreads; distance /= 2) {
+      for (int i = team.rank; i < size / 2; i += kThreads) {
+        const int low = 2 * i - (i & (distance - 1)), high = low + distance;
+        const uint64_t a = values[low], b = values[high];
+        if ((a > b) == ((low & run) == 0)) values[low] = b, values[high] = a;
+      }
+      team.sync();
+    }
+    for (int i = team.rank; i < size; i += kThreads) values[i] = merge_within_warp(values[i], i, run);
+    team.sync();
+  }
+}
+
+// --- keys of a team -------------------------------------------------------------------------------------------------
+
+// Up to kCapacity_ keys, spread over a team in registers.
+template <int kCapacity_, int kThreads_>
+struct RegisterKeys {
+  static constexpr int kCapacity = kCapacity_, kThreads = kThreads_;
+  static constexpr int kPerThread = (kCapacity + kThreads - 1) / kThreads, kUnrolled = kPerThread;
   uint64_t keys[kPerThread];
 
-  __device__ __forceinline__ Held(const Members& team, const uint64_t* buffer, int count) {
+  __device__ __forceinline__ RegisterKeys(const Team<kThreads>& team, const uint64_t* buffer, int count) {
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       const int place = i * kThreads + team.rank;
       keys[i] = place < count ? buffer[place] : kNoCandidate;
     }
   }
+  __device__ __forceinline__ constexpr int rounds() const { return kPerThread; }
+  __device__ __forceinline__ uint64_t& key(const Team<kThreads>&, int i) { return keys[i]; }
+};
+
+// Keys in shared memory, which loops go through that stay short. Code that runs once in a launch is best short: fetching it
+// from memory takes longer than running it.
+template <int kCapacity_, int kThreads_>
+struct SharedKeys {
+  static constexpr int kCapacity = kCapacity_, kThreads = kThreads_, kUnrolled = 1;
+  static_assert(kCapacity % kThreads == 0, "whole rounds");
+  uint64_t* keys;
+  int count;
+
+  __device__ __forceinline__ SharedKeys(const Team<kThreads>& team, uint64_t* keys, int count) : keys(keys), count(count) {
+    for (int i = count + team.rank; i < rounds() * kThreads; i += kThreads) keys[i] = kNoCandidate;
+    team.sync();
+  }
+  __device__ __forceinline__ int rounds() const { return (count + kThreads - 1) / kThreads; }
+  __device__ __forceinline__ uint64_t& key(const Team<kThreads>& team, int i) { return keys[i * kThreads + team.rank]; }
+};
+
+// What a team does with its keys.
+template <class Keys>
+struct Selection : Keys {
+  static constexpr int kCapacity = Keys::kCapacity, kThreads = Keys::kThreads, kUnrolled = Keys::kUnrolled;
+  using Members = Team<kThreads>;
+  using Keys::Keys;
 
   // The largest threshold that at least `wanted` keys reach; or any that `wanted` to `wanted + slack` do. `wanted` must
-  // not exceed the number of keys.
+  // not exceed the number of keys. Members may return while others still read the team's memory.
   //
   // Each round counts the keys of kBins equal stretches of what is left of the range, and goes on with the stretch that
   // holds the wanted one: two rounds or three where keys are spread, eight at the most.
-  __device__ __forceinline__ uint64_t threshold(const Members& team, uint32_t wanted, uint32_t slack) const {
+  __device__ __forceinline__ uint64_t threshold(const Members& team, uint32_t wanted, uint32_t slack) {
     constexpr int kBins = Members::kBins, kPerLane = kBins / kWarpThreads;
     typename Members::Scratch& scratch = team.scratch;
     const int lane = team.rank % kWarpThreads;
     uint32_t top = 0, bottom = ~0u;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      top = ::max(top, rank_of_key(keys[i]));
-      if (keys[i] != kNoCandidate) bottom = ::min(bottom, rank_of_key(keys[i]));
+#pragma unroll kUnrolled
+    for (int i = 0; i < this->rounds(); ++i) {
+      const uint64_t key = this->key(team, i);
+      top = ::max(top, rank_of_key(key));
+      if (key != kNoCandidate) bottom = ::min(bottom, rank_of_key(key));
     }
+    // No key below the least of some sets' largest is wanted, if there are as many sets as wanted keys: of the warps, or of
+    // the threads. To count them all in a few bins would take most of the time.
+    uint32_t least_top = wanted <= kThreads ? top : 0;
     top = __reduce_max_sync(kFullWarp, top), bottom = __reduce_min_sync(kFullWarp, bottom);
+    least_top = wanted <= Members::kWarps ? top : __reduce_min_sync(kFullWarp, least_top);
     for (int i = team.rank; i < kBins; i += kThreads) scratch.bins[0][i] = 0;
-    if (team.rank == 0) scratch.low = ~0u, scratch.high = 0;
+    if (team.rank == 0) scratch.low = ~0u, scratch.high = 0, scratch.least_top = ~0u;
     team.sync();
-    if (lane == 0) atomicMin(&scratch.low, bottom), atomicMax(&scratch.high, top);
+    if (lane == 0) {
+      atomicMin(&scratch.low, bottom), atomicMax(&scratch.high, top), atomicMin(&scratch.least_top, least_top);
+    }
     team.sync();
-    uint64_t low = static_cast<uint64_t>(scratch.low) << 32;
+    uint64_t low = static_cast<uint64_t>(::max(scratch.low, scratch.least_top)) << 32;
     uint64_t high = static_cast<uint64_t>(scratch.high) << 32 | 0xFFFFFFFFu;
     if (low == kNoCandidate) low = kAnyCandidate;
     uint32_t above = 0;  // keys beyond `high`
@@ -106,9 +188,10 @@ struct Held {
       const int width = 64 - __clzll(static_cast<int64_t>(high - low));
       const int shift = ::max(width - 8, 0);
       uint32_t* const bins = scratch.bins[round & 1];
-#pragma unroll
-      for (int i = 0; i < kPerThread; ++i) {
-        if (keys[i] >= low && keys[i] <= high) atomicAdd(&bins[(keys[i] - low) >> shift], 1u);
+#pragma unroll kUnrolled
+      for (int i = 0; i < this->rounds(); ++i) {
+        const uint64_t key = this->key(team, i);
+        if (key >= low && key <= high) atomicAdd(&bins[(key - low) >> shift], 1u);
       }
       team.sync();
       // Every warp finds the bin for itself. Lane l has bins of the l-th stretch from the top.
@@ -138,7 +221,7 @@ struct Held {
       above = __shfl_sync(kFullWarp, beyond, owner);
       const uint32_t reached = above + bins[bin];
       low += static_cast<uint64_t>(bin) << shift;
-      high = low + ((1ull << shift) - 1) < high ? low + ((1ull << shift) - 1) : high;
+      if (high - low >> shift) high = low + ((1ull << shift) - 1);  // a sum that does not run over
       if (reached <= wanted + slack || low == high) return low;
       uint32_t* const next = scratch.bins[(round + 1) & 1];
       for (int i = team.rank; i < kBins; i += kThreads) next[i] = 0;
@@ -146,14 +229,18 @@ struct Held {
     }
   }
 
-  // Write keys from `threshold` (at least kAnyCandidate) on to `target`, in any order, and return how many there are.
-  // Synchronises before writing, so `target` may be the buffer the keys came from.
-  template <class Transform>
+  // Write keys from `threshold` (at least kAnyCandidate) on to `target`, in any order but that those from `bound` on come
+  // first, and return how many these are; with no bound (kNoCandidate) they are all. Synchronises before writing, so
+  // `target` may be the buffer that keys in registers came from.
   __device__ __forceinline__ int collect(
-      const Members& team, uint64_t threshold, uint64_t* target, const Transform& transform) const {
-    uint32_t mine = 0;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) mine += keys[i] >= threshold;
+      const Members& team, uint64_t threshold, uint64_t bound, uint64_t* target) {
+    static_assert(kCapacity < 1 << 16, "two counts share a word");
+    uint32_t mine = 0;  // those in front in the low half, the others in the high half
+#pragma unroll kUnrolled
+    for (int i = 0; i < this->rounds(); ++i) {
+      const uint64_t key = this->key(team, i);
+      if (key >= threshold) mine += key >= bound ? 1u : 1u << 16;
+    }
     const int lane = team.rank % kWarpThreads;
     uint32_t before = mine;  // inclusive sum over the warp
 #pragma unroll
@@ -165,58 +252,108 @@ struct Held {
     team.sync();
     uint32_t base = 0;
     if (lane == kWarpThreads - 1) base = atomicAdd(&team.scratch.total, before);
-    uint32_t place = __shfl_sync(kFullWarp, base, kWarpThreads - 1) + before - mine;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      if (keys[i] >= threshold) target[place++] = transform(keys[i]);
+    const uint32_t places = __shfl_sync(kFullWarp, base, kWarpThreads - 1) + before - mine;
+    team.sync();
+    const uint32_t in_front = team.scratch.total & 0xFFFFu;
+    uint32_t place = places & 0xFFFFu, place_behind = in_front + (places >> 16);
+#pragma unroll kUnrolled
+    for (int i = 0; i < this->rounds(); ++i) {
+      const uint64_t key = this->key(team, i);
+      if (key >= threshold) target[key >= bound ? place++ : place_behind++] = key;
     }
     team.sync();
-    return static_cast<int>(*static_cast<volatile uint32_t*>(&team.scratch.total));
+    return static_cast<int>(in_front);
+  }
+
+  // Call emit(place, transform(key)) for the keys from `threshold` on, place 0 for the smallest transformed value, and
+  // return how many there are. `space` [at least 32, and power_of_two_at_least(that many)], shared memory.
+  //
+  // Values take the place of the keys. They are spread over bins by their upper words and ranked within their bin; where
+  // they crowd in few bins they are sorted.
+  template <class Transform, class Emit>
+  __device__ __forceinline__ int emit_in_order(
+      const Members& team, uint64_t threshold, uint64_t* space, const Transform& transform, const Emit& emit) {
+    constexpr int kBins = 2 * Members::kBins, kPerLane = kBins / kWarpThreads;
+    constexpr uint32_t kCrowd = 32;
+    typename Members::Scratch& scratch = team.scratch;
+    uint32_t* const bins = scratch.bins[0];
+    const int lane = team.rank % kWarpThreads;
+    const auto word_of = [](uint64_t value) { return static_cast<uint32_t>(value >> 32); };
+    uint32_t top = 0, bottom = ~0u;
+#pragma unroll kUnrolled
+    for (int i = 0; i < this->rounds(); ++i) {
+      uint64_t& value = this->key(team, i);
+      value = value >= threshold ? transform(value) : kPadding;
+      if (value != kPadding) top = ::max(top, word_of(value));
+      bottom = ::min(bottom, word_of(value));
+    }
+    top = __reduce_max_sync(kFullWarp, top), bottom = __reduce_min_sync(kFullWarp, bottom);
+    team.sync();
+    for (int i = team.rank; i < kBins; i += kThreads) bins[i] = 0;
+    if (team.rank == 0) scratch.low = ~0u, scratch.high = 0;
+    team.sync();
+    if (lane == 0) atomicMin(&scratch.low, bottom), atomicMax(&scratch.high, top);
+    team.sync();
+    const uint32_t low = scratch.low, width = 32 - __clz(static_cast<int>(scratch.high - low));
+    const uint32_t shift = width > 9 ? width - 9 : 0;
+    static_assert(kBins == 1 << 9, "bins for the upper nine bits");
+    const auto bin_of = [&](uint64_t value) { return (word_of(value) - low) >> shift; };
+#pragma unroll kUnrolled
+    for (int i = 0; i < this->rounds(); ++i) {
+      const uint64_t value = this->key(team, i);
+      if (value != kPadding) atomicAdd(&bins[bin_of(value)], 1u);
+    }
+    team.sync();
+    if (team.rank < kWarpThreads) {  // counts to the places where bins begin
+      uint4* const mine = reinterpret_cast<uint4*>(bins + lane * kPerLane);
+      uint32_t sum = 0, most = 0;
+#pragma unroll
+      for (int i = 0; i < kPerLane / 4; ++i) {
+        const uint4 counts = mine[i];
+        sum += counts.x + counts.y + counts.z + counts.w;
+        most = ::max(::max(most, ::max(counts.x, counts.y)), ::max(counts.z, counts.w));
+      }
+      uint32_t next = sum;
+#pragma unroll
+      for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+        const uint32_t other = __shfl_up_sync(kFullWarp, next, distance);
+        if (lane >= distance) next += other;
+      }
+      most = __reduce_max_sync(kFullWarp, most);
+      if (lane == kWarpThreads - 1) scratch.total = next, scratch.crowd = most;
+      next -= sum;
+#pragma unroll
+      for (int i = 0; i < kPerLane / 4; ++i) {
+        const uint4 counts = mine[i];
+        mine[i] = {next, next + counts.x, next + counts.x + counts.y, next + counts.x + counts.y + counts.z};
+        next += counts.x + counts.y + counts.z + counts.w;
+      }
+    }
+    team.sync();
+#pragma unroll kUnrolled
+    for (int i = 0; i < this->rounds(); ++i) {
+      const uint64_t value = this->key(team, i);
+      if (value != kPadding) space[atomicAdd(&bins[bin_of(value)], 1u)] = value;  // which leaves where bins end
+    }
+    team.sync();
+    const int count = static_cast<int>(scratch.total);
+    if (scratch.crowd > kCrowd) sort_ascending(team, space, count);
+    const bool is_sorted = scratch.crowd > kCrowd;
+#pragma unroll 1
+    for (int i = team.rank; i < count; i += kThreads) {
+      const uint64_t value = space[i];
+      int place = i;
+      if (!is_sorted) {
+        const uint32_t bin = bin_of(value), end = bins[bin];
+        uint32_t begin = bin ? bins[bin - 1] : 0;
+        place = static_cast<int>(begin);
+        for (; begin < end; ++begin) place += space[begin] < value;
+      }
+      emit(place, value);
+    }
+    return count;
   }
 };
-
-// --- order ----------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ constexpr int power_of_two_at_least(int n) {
-  int size = 1;
-  while (size < n) size *= 2;
-  return size;
-}
-
-// One value per lane: the exchanges of `run` at all distances below 32. `i`: the value's place.
-__device__ __forceinline__ uint64_t merge_within_warp(uint64_t value, int i, int run) {
-  for (int distance = ::min(run, kWarpThreads) / 2; distance > 0; distance /= 2) {
-    const uint64_t other = __shfl_xor_sync(kFullWarp, value, distance);
-    const bool keeps_smaller = ((i & distance) == 0) == ((i & run) == 0);
-    value = (other < value) == keeps_smaller ? other : value;
-  }
-  return value;
-}
-
-// Sort `values` [at least 32, and power_of_two_at_least(count)] ascending (bitonic); those from `count` on are set to
-// padding first.
-template <int kThreads>
-__device__ __forceinline__ void sort_ascending(const Team<kThreads>& team, uint64_t* values, int count) {
-  const int size = ::max(power_of_two_at_least(count), kWarpThreads);
-  for (int i = team.rank; i < size; i += kThreads) {
-    uint64_t value = i < count ? values[i] : kPadding;
-    for (int run = 2; run <= kWarpThreads; run *= 2) value = merge_within_warp(value, i, run);
-    values[i] = value;
-  }
-  team.sync();
-  for (int run = 2 * kWarpThreads; run <= size; run *= 2) {
-    for (int distance = run / 2; distance >= kWarpThreads; distance /= 2) {
-      for (int i = team.rank; i < size / 2; i += kThreads) {
-        const int low = 2 * i - (i & (distance - 1)), high = low + distance;
-        const uint64_t a = values[low], b = values[high];
-        if ((a > b) == ((low & run) == 0)) values[low] = b, values[high] = a;
-      }
-      team.sync();
-    }
-    for (int i = team.rank; i < size; i += kThreads) values[i] = merge_within_warp(values[i], i, run);
-    team.sync();
-  }
-}
 
 // --- results --------------------------------------------------------------------------------------------------------
 
@@ -234,21 +371,21 @@ struct Results {
     return by_score ? ~key : static_cast<uint64_t>(entry_of_key(key)) << 32 | rank_of_key(key);
   }
 
-  // Row `row` from `count` sorted candidates. slot_of(entry): what is written for an entry.
-  template <int kThreads, class SlotOf>
-  __device__ __forceinline__ void write(
-      const Team<kThreads>& team, int64_t row, const uint64_t* sorted, int count, const SlotOf& slot_of) const {
-    for (int j = team.rank; j < top_k; j += kThreads) {
-      int32_t index = -1;
-      uint32_t rank = 0;
-      if (j < count) {
-        const uint64_t value = sorted[j];
-        const uint32_t entry = by_score ? entry_of_key(~value) : static_cast<uint32_t>(value >> 32);
-        rank = by_score ? rank_of_key(~value) : static_cast<uint32_t>(value);
-        index = slot_of(entry);
-      }
-      indices[row * row_stride + j * column_stride] = index;
-      if (scores) scores[row * scores_row_stride + j * scores_column_stride] = score_of(rank);
+  // Place `place` of row `row`: a sortable value. slot_of(entry): what is written for an entry.
+  template <class SlotOf>
+  __device__ __forceinline__ void write(int64_t row, int place, uint64_t value, const SlotOf& slot_of) const {
+    const uint32_t entry = by_score ? entry_of_key(~value) : static_cast<uint32_t>(value >> 32);
+    indices[row * row_stride + place * column_stride] = slot_of(entry);
+    const uint32_t rank = by_score ? rank_of_key(~value) : static_cast<uint32_t>(value);
+    if (scores) scores[row * scores_row_stride + place * scores_column_stride] = score_of(rank);
+  }
+
+  // The places from `count` on.
+  template <int kThreads>
+  __device__ __forceinline__ void fill(const Team<kThreads>& team, int64_t row, int count) const {
+    for (int place = count + team.rank; place < top_k; place += kThreads) {
+      indices[row * row_stride + place * column_stride] = -1;
+      if (scores) scores[row * scores_row_stride + place * scores_column_stride] = score_of(0);
     }
   }
 };

@@ -16,6 +16,15 @@ static_assert(sizeof(uint32_t) == 4 && sizeof(int64_t) == 8 && sizeof(uint64_t) 
 constexpr int kWarpThreads = 32;
 constexpr uint32_t kFullWarp = 0xFFFFFFFFu;
 
+template <bool kFirst, class First, class Second>
+struct Either {
+  using Type = First;
+};
+template <class First, class Second>
+struct Either<false, First, Second> {
+  using Type = Second;
+};
+
 // Element types of a matrix product: how many fill a register, and how many a step of K takes (32 bytes of both).
 struct E4M3 {
   static constexpr int kPerRegister = 4;

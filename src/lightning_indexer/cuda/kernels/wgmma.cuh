@@ -16,6 +16,11 @@ __device__ __forceinline__ void wgmma_finish() {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
+// Four registers of a result are read no earlier than here.
+__device__ __forceinline__ void wgmma_pin(float* d) {
+  asm volatile("" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])::"memory");
+}
+
 template <class Element, int kColumns>
 struct WgmmaInstruction;
 

@@ -1,10 +1,10 @@
 // Who scores what: the work of a call, laid out in a line and cut into equal ranges, one per block of threads.
 //
 // Consecutive queries of one sequence form groups of up to kQueries, which share a pass over the sequence's keys. A
-// group's pass is a number of tiles of kTileEntries entries; a tile costs one unit for reading the keys and one for each
-// product. Every block finds its own range from seq_ids and valid_lens alone, so nothing is planned on the host and a
-// captured graph follows its inputs. Where a range ends inside a group, the group is split: each of its blocks keeps the
-// top k of its part in the workspace, and merge.cu makes one of them.
+// group's pass is a number of tiles of kTile entries; a tile costs one unit for reading the keys and one for each product.
+// Every block finds its own range from seq_ids and valid_lens alone, so nothing is planned on the host and a captured graph
+// follows its inputs. Where a range ends inside a group, the group is split: each of its blocks keeps the top k of its part
+// in the workspace, and merge.cu makes one of them.
 //
 // A group's tiles are visited in an order that spreads any stretch of them over the whole sequence (`Walk`), so that
 // thresholds rise early however the scores are arranged.
@@ -22,7 +22,7 @@ __device__ __forceinline__ void sync_scorers() {
   barrier_sync<kThreads>(0);
 }
 
-constexpr int kTileEntries = 64;
+constexpr int kHalfEntries = 64;  // that a warpgroup multiplies at once; a tile has one such half or two
 
 // The sequence of query `row`: that row itself where there are no seq_ids.
 __device__ __forceinline__ int64_t clamped_seq(const Indices& seq_ids, int64_t row, int64_t num_seqs) {
@@ -53,8 +53,9 @@ struct Group {
   int64_t seq;
   int longest;
 
+  template <int kTile>
   __device__ __forceinline__ int tiles() const {  // at least one, so that some block writes the results
-    return longest <= kTileEntries ? 1 : (longest + kTileEntries - 1) / kTileEntries;
+    return longest <= kTile ? 1 : (longest + kTile - 1) / kTile;
   }
 };
 
@@ -85,7 +86,7 @@ struct Part {
   int begin, end;
   bool is_first, is_last;  // of the group's parts
   bool is_none;            // there is no further part
-  int last_block;          // that has a part of it
+  int last_block, parts;   // the last block that has a part of the group, and how many have
   uint32_t number;         // tiles of the block's earlier parts
 };
 
@@ -98,7 +99,7 @@ struct Range {
   uint32_t number;     // tiles of the parts so far
 };
 
-template <int kQueries, int kPerMma, int kMinTiles>
+template <int kQueries, int kPerMma, int kMinTiles, int kTile>
 struct Planner {
   const Rows& rows;
 
@@ -158,11 +159,12 @@ struct Planner {
     part.group = {row, size, seq, longest};
     const int64_t begin = range.begin, end = range.end, start = range.start;
     const int64_t each = unit(size), stop = start + cost(part.group);
-    part.begin = begin > start ? static_cast<int>((begin - start + each - 1) / each) : 0;
-    part.end = static_cast<int>(((end < stop ? end : stop) - start + each - 1) / each);
+    part.begin = begin > start ? static_cast<int>(divide(begin - start + each - 1, each)) : 0;
+    part.end = static_cast<int>(divide((end < stop ? end : stop) - start + each - 1, each));
     part.is_first = begin <= start;
     part.is_last = stop <= end;
-    part.last_block = static_cast<int>((stop - 1) / range.share);
+    part.last_block = static_cast<int>(divide(stop - 1, range.share));
+    part.parts = part.last_block - static_cast<int>(divide(start, range.share)) + 1;
     part.number = range.number;
     range.number += part.end - part.begin;
     range.row = row + size;
@@ -170,15 +172,21 @@ struct Planner {
   }
 
  private:
+  // a / b, rounded down, of numbers that seldom need 64 bits.
+  __device__ __forceinline__ static int64_t divide(int64_t a, int64_t b) {
+    return (a | b) >> 31 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : divide_wide(a, b);
+  }
+  __device__ __noinline__ static int64_t divide_wide(int64_t a, int64_t b) { return a / b; }
+
   // Units of a block: an equal part, but no less than occupies its warpgroups. Where there are no more groups than
   // blocks, each is cut into as many equal parts as there are blocks for it, or stays whole if that is no later: a cut
-  // costs as much as kCutTiles (measured: selection and merging of a part, 18 us on an H100).
+  // costs as much as kCutTiles (measured: merging, and a second start, on an H100).
   __device__ __forceinline__ static int64_t fair_share(int64_t total, int64_t largest, int64_t groups) {
-    constexpr int64_t kCutTiles = 96;
+    constexpr int64_t kCutTiles = 36 * 64 / kTile;
     const int64_t blocks = all_blocks(), least = kMinTiles * unit(kQueries);
-    int64_t share = (total + blocks - 1) / blocks;
+    int64_t share = divide(total + blocks - 1, blocks);
     if (groups <= blocks) {
-      const int64_t each = blocks / groups, cut = (largest + each - 1) / each;
+      const int64_t each = divide(blocks, groups), cut = divide(largest + each - 1, each);
       if (largest <= share + kCutTiles * unit(kQueries)) {
         share = largest;
       } else if (cut >= share && cut <= share + share / 8) {
@@ -192,7 +200,9 @@ struct Planner {
     return kQueries == 1 ? 1 : 1 + (size + kPerMma - 1) / kPerMma;
   }
 
-  __device__ __forceinline__ static int64_t cost(const Group& group) { return unit(group.size) * group.tiles(); }
+  __device__ __forceinline__ static int64_t cost(const Group& group) {
+    return unit(group.size) * group.template tiles<kTile>();
+  }
 
   // Calls visit(i) for every group that begins in rows `from` .. `to - 1`, in a run of equal seq_ids that began at `run`.
   template <class Visit>
@@ -229,38 +239,64 @@ struct Planner {
 
 // --- workspace ------------------------------------------------------------------------------------------------------
 
+// How many of a part's best candidates the merge reads at once: `least` to `most`. Twice the share of each part in the
+// top k and some more: parts are alike (`Walk`), so what lies behind is hardly ever wanted.
+struct Front {
+  int least, most;
+
+  __device__ __forceinline__ Front(int top_k, int parts)
+      : most(min(min(2 * ((top_k + parts - 1) / parts) + 16, merge_room(top_k) / parts), top_k)) {
+    least = most - most / 3;
+  }
+
+  // Candidates that a merging block holds. score_topk.py has the same.
+  __device__ __forceinline__ static int merge_room(int top_k) {
+    return top_k <= 512 ? 4096 : top_k <= 2048 ? 8192 : 16384;
+  }
+};
+
 // What the blocks leave behind for the merge. Of block b: the candidates of the group it is at, `kQueries` lists of
-// `capacity` keys, where the first part of a split group stays, best first; `kQueries` lists of top_k keys for a later
-// part; and what to merge. cuda/score_topk.py computes the size.
+// `capacity` keys, where the first part of a split group stays; as many for a later part, of top_k keys where there are
+// several; what is in them, and what to merge. cuda/score_topk.py computes the size.
 struct SplitGroup {
   int32_t row, size, last_block;  // size 0: no group's first part ended here unfinished
+};
+
+// A part's best, at least the top k, `front` of them first: those from `bound` on, or all (kNoCandidate).
+struct PartList {
+  uint64_t bound;
+  int32_t front, count;
 };
 
 struct Workspace {
   uint8_t* base;
   int32_t queries, capacity, top_k;
 
+  // Of a later part's list.
+  __device__ __forceinline__ int later_capacity() const { return queries == 1 ? capacity : top_k; }
+
   __device__ __forceinline__ uint64_t* candidates(int block, int query) const {
     return lists() + (static_cast<int64_t>(block) * queries + query) * capacity;
   }
   __device__ __forceinline__ uint64_t* later_part(int block, int query) const {
     return lists() + static_cast<int64_t>(all_blocks()) * queries * capacity +
-           (static_cast<int64_t>(block) * queries + query) * top_k;
+           (static_cast<int64_t>(block) * queries + query) * later_capacity();
   }
-  __device__ __forceinline__ int32_t& first_count(int block, int query) const {
-    return counts()[block * queries + query];
+  __device__ __forceinline__ PartList& first_list(int block, int query) const {
+    return part_lists()[block * queries + query];
   }
-  __device__ __forceinline__ int32_t& later_count(int block, int query) const {
-    return counts()[(all_blocks() + block) * queries + query];
+  __device__ __forceinline__ PartList& later_list(int block, int query) const {
+    return part_lists()[(all_blocks() + block) * queries + query];
   }
   __device__ __forceinline__ SplitGroup& split_group(int block) const {
-    return reinterpret_cast<SplitGroup*>(counts() + 2 * all_blocks() * queries)[block];
+    return reinterpret_cast<SplitGroup*>(part_lists() + 2 * all_blocks() * queries)[block];
   }
 
  private:
   __device__ __forceinline__ uint64_t* lists() const { return reinterpret_cast<uint64_t*>(base); }
-  __device__ __forceinline__ int32_t* counts() const {
-    return reinterpret_cast<int32_t*>(lists() + static_cast<int64_t>(all_blocks()) * queries * (capacity + top_k));
+  __device__ __forceinline__ PartList* part_lists() const {
+    return reinterpret_cast<PartList*>(
+        lists() + static_cast<int64_t>(all_blocks()) * queries * (capacity + later_capacity()));
   }
 };
 
