@@ -1,11 +1,13 @@
 """One small call of every kernel, for compute-sanitizer; the results are checked too.
 
-    compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
-    compute-sanitizer --tool racecheck python tests/gpu/sanitize.py --case portable-mxfp4-prefill
+    compute-sanitizer --report-api-errors no --tool memcheck python tests/gpu/sanitize.py
+    compute-sanitizer --report-api-errors no --tool racecheck python tests/gpu/sanitize.py --case portable-mxfp4-prefill
 
-Tools: memcheck, racecheck, synccheck, initcheck. Set PYTORCH_NO_CUDA_MEMORY_CACHING=1 with memcheck and initcheck:
-torch's caching allocator hides most reads and writes beyond a tensor. Build the kernels first, by a run without the
-sanitizer.
+Tools: memcheck, racecheck, synccheck, initcheck. (API errors are left out: cuda.bindings looks for functions that a
+driver may lack.) racecheck and synccheck report on the scoring kernels, whose warps meet at named barriers of part of a
+block; whether any of that is real has not been settled. Set PYTORCH_NO_CUDA_MEMORY_CACHING=1 with memcheck and
+initcheck: torch's caching allocator hides most reads and writes beyond a tensor. Build the kernels first, by a run
+without the sanitizer.
 """
 
 import argparse

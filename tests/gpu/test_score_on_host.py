@@ -248,6 +248,22 @@ def test_infinities_of_both_signs(imagine: Callable[[Case], None]) -> None:
 
 
 @pytest.mark.usefixtures("on_host")
+def test_the_best_lie_in_one_part(imagine: Callable[[Case], None]) -> None:
+    """What a part leaves in front is a small share of the top k; where it holds them all, the merge reads on."""
+    imagine(dataclasses.replace(ADVERSARIAL, blocks=40))
+    row = np.random.default_rng(0).normal(size=9000).astype(np.float32)
+    tiles, streams = -(-len(row) // 64), 31
+    for position in range(8, 12):  # four tiles that are visited one after the other (`Walk` in kernels/work.cuh)
+        stream, step = position % streams, position // streams
+        tile = stream * (tiles // streams) + min(stream, tiles % streams) + step
+        row[64 * tile : 64 * tile + 64] += 100
+    problem = problem_with_scores([row], "bf16")
+    dense = run_dense(problem)
+    for top_k in (100, 200):
+        check_topk(run_topk, problem, top_k, order="score", dense=dense)
+
+
+@pytest.mark.usefixtures("on_host")
 @pytest.mark.parametrize(("mask", "scales"), LOW_CODES)
 @pytest.mark.parametrize("case", [IN_E4M3, IN_BF16], ids=["e4m3", "bf16"])
 def test_groups_of_low_codes(case: Case, mask: int, scales: tuple[int, int], imagine: Callable[[Case], None]) -> None:
