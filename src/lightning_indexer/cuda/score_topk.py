@@ -368,7 +368,8 @@ def _rings(product: Product, is_one_narrow_product: bool) -> tuple[tuple[int, in
     if not product.is_wgmma:
         return (2, 4), (2, 2), (2, 1)
     if is_one_narrow_product:
-        return ((2, 4), (2, 2), (1, 4), (1, 2)) if product.has_fp4_keys else ((1, 4), (1, 2))
+        is_light = product.has_fp4_keys and product.terms == 1
+        return ((2, 4), (2, 2), (1, 4), (1, 2)) if is_light else ((1, 4), (1, 2))
     return (1, 4), (1, 2), (1, 1)
 
 
