@@ -1,5 +1,6 @@
 """Score every cached entry against each query and keep the best: `score_topk`, and its dense twin `index_scores`."""
 
+from types import ModuleType
 from typing import Literal, overload
 
 import torch
@@ -49,9 +50,7 @@ def index_scores(
         out = torch.empty(len(weights), longest, dtype=torch.float32, device=view.device)
     check_tensor(op, "out", out, dtype=torch.float32, shape=(len(weights), "max_len"), device=view.device)
     if impl == "cuda":
-        from lightning_indexer.cuda import score_topk as cuda
-
-        cuda.index_scores(q, weights, view, valid_lens, seq_ids, out)
+        _streaming(impl).index_scores(q, weights, view, valid_lens, seq_ids, out)
         return out
     valid_lens, seq_ids = _clamp_rows(view, valid_lens, seq_ids)
     longest = int(valid_lens.max()) if len(valid_lens) else 0
@@ -61,9 +60,7 @@ def index_scores(
         width = out.shape[1]
         out.copy_(reference.index_scores(q, weights, view, valid_lens=valid_lens, seq_ids=seq_ids, max_len=width))
     else:
-        from lightning_indexer.cpu import score_topk as cpu
-
-        cpu.index_scores(q, weights, view, valid_lens, seq_ids, out)
+        _streaming(impl).index_scores(q, weights, view, valid_lens, seq_ids, out)
     return out
 
 
@@ -172,10 +169,13 @@ def score_topk(
     if return_scores and scores_out is None:
         scores_out = torch.empty(shape, dtype=torch.float32, device=view.device)
     by_score, as_slots = order == "score", output == "slot"
-    if impl == "cuda":
-        from lightning_indexer.cuda import score_topk as cuda
-
-        cuda.score_topk(
+    if impl == "reference":
+        rows = _clamp_rows(view, valid_lens, seq_ids)
+        _reference(q, weights, view, *rows, by_score, as_slots, out, scores_out)
+    else:
+        if impl == "cpu":  # the kernels clamp for themselves
+            valid_lens, seq_ids = _clamp_rows(view, valid_lens, seq_ids)
+        _streaming(impl).score_topk(
             q,
             weights,
             view,
@@ -187,25 +187,6 @@ def score_topk(
             scores_out=scores_out,
             workspace=workspace,
         )
-    else:
-        valid_lens, seq_ids = _clamp_rows(view, valid_lens, seq_ids)
-        if impl == "reference":
-            _reference(q, weights, view, valid_lens, seq_ids, by_score, as_slots, out, scores_out)
-        else:
-            from lightning_indexer.cpu import score_topk as cpu
-
-            cpu.score_topk(
-                q,
-                weights,
-                view,
-                valid_lens,
-                seq_ids,
-                by_score=by_score,
-                as_slots=as_slots,
-                out=out,
-                scores_out=scores_out,
-                workspace=workspace,
-            )
     if return_scores:
         assert scores_out is not None, "allocated above"
         return out, scores_out
@@ -256,6 +237,17 @@ def _reference(
             found = dense[t, best[best >= 0]]
             scores_out[t, : len(found)] = torch.where(found.isnan(), -torch.inf, found)
         out[t] = view.slots(seq_ids[t : t + 1], best.unsqueeze(0))[0] if as_slots else best
+
+
+def _streaming(impl: str) -> ModuleType:
+    """The module of "cpu" or "cuda", which have the same two functions."""
+    if impl == "cuda":
+        from lightning_indexer.cuda import score_topk as cuda
+
+        return cuda
+    from lightning_indexer.cpu import score_topk as cpu
+
+    return cpu
 
 
 def _check_operands(

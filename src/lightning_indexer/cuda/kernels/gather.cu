@@ -92,7 +92,7 @@ __device__ __forceinline__ Place find_entry(
   if (index < 0) return {-1, 0};
   seq_id = seq_id < 0 ? 0 : seq_id < num_seqs ? seq_id : num_seqs - 1;
   const int32_t block = block_table[seq_id * table_row_stride + index / kEntries * table_column_stride];
-  return {block < 0 ? 0 : block < num_blocks ? block : num_blocks - 1, static_cast<int32_t>(index % kEntries)};
+  return {clamped_block(block, num_blocks), static_cast<int32_t>(index % kEntries)};
 }
 
 template <class Row, class Block, int kWarps>

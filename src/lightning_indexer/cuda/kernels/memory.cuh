@@ -77,6 +77,11 @@ __device__ __forceinline__ void load_values(const uint8_t* address, float (&x)[k
   for (int i = 0; i < kCount / Input::kPer16; ++i) Input::widen(load_16(address + 16 * i), x + i * Input::kPer16);
 }
 
+// A block id as the table has it, brought into range.
+__device__ __forceinline__ int32_t clamped_block(int32_t block, int32_t num_blocks) {
+  return block < 0 ? 0 : block < num_blocks ? block : num_blocks - 1;
+}
+
 // kWords words, in pieces of 16 or 8 bytes.
 template <int kWords>
 __device__ __forceinline__ void load_words(const uint8_t* address, uint32_t (&words)[kWords]) {

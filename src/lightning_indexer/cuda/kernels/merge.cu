@@ -1,9 +1,12 @@
 // The second half of score_topk: make one selection of the parts of each split group (work.cuh).
 //
 // Block (b, q) of the grid merges query q of the group whose first part ended unfinished in block b of score.cu, if
-// there is one. Every part is the top k of its entries, the best of them in front (`Front`). The k-th best of what lies in
-// front is a threshold that the k-th best of all reaches; only a part whose front lies above it whole, which parts that
-// are alike (`Walk`) hardly ever have, is read further.
+// there is one. Every part has at least the top k of its entries, the best of them in front (`Front`). The k-th best of what
+// lies in front is a threshold that the k-th best of all reaches; only a part whose front lies above it whole, which parts
+// that are alike (`Walk`) hardly ever have, is read further.
+//
+// This kernel starts before score.cu has ended, where there is room. Its first blocks then rehearse with keys of their own:
+// that brings the code near, which otherwise takes longer to come from memory than to run.
 #include "select.cuh"
 #include "work.cuh"
 
@@ -142,7 +145,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
       if (!as_slots) return first;
       const int64_t column = first / Block::kEntries;
       const int32_t block = block_table[seq * table_row_stride + column * table_column_stride];
-      return (block < 0 ? 0 : block < num_blocks ? block : num_blocks - 1) * Block::kEntries + first % Block::kEntries;
+      return clamped_block(block, num_blocks) * Block::kEntries + first % Block::kEntries;
     };
     const int kept = held.emit_in_order(
         team, threshold, shared.ordered, [&](uint64_t key) { return results.sortable(key); },

@@ -51,7 +51,7 @@ struct Shape {
   static_assert(kGroups % kTeams == 0, "a team is some warpgroups");
 };
 
-template <class Shape, class Mma>
+template <class Shape>
 struct Shared {
   using Teams = Team<Shape::kTeamThreads>;
   using Plan = Planner<Shape::kQueries, Shape::kPerMma, Shape::kGroups, Shape::kTile>;
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
     uint8_t* __restrict__ workspace) {
   constexpr int kHeads = Shape::kHeads, kPerMma = Shape::kPerMma, kGroups = Shape::kGroups;
   constexpr int kThreads = Shape::kThreads, kTeamThreads = Shape::kTeamThreads;
-  using SharedData = Shared<Shape, Mma>;
+  using SharedData = Shared<Shape>;
   using HeldKeys = Selection<RegisterKeys<Shape::kCapacity, kTeamThreads>>;
   constexpr int kHalves = Shape::kHalves;
   constexpr int kOperandBytes = Shape::kQueries / kPerMma * Mma::kBytes;

@@ -108,6 +108,18 @@ __device__ __forceinline__ void sort_ascending(const Team<kThreads>& team, uint6
   }
 }
 
+// --- over a warp ----------------------------------------------------------------------------------------------------
+
+// The sum of the values of the lanes up to this one.
+__device__ __forceinline__ uint32_t sum_up_to(int lane, uint32_t value) {
+#pragma unroll
+  for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+    const uint32_t other = __shfl_up_sync(kFullWarp, value, distance);
+    if (lane >= distance) value += other;
+  }
+  return value;
+}
+
 // --- keys of a team -------------------------------------------------------------------------------------------------
 
 // Up to kCapacity_ keys, spread over a team in registers.
@@ -201,12 +213,7 @@ struct Selection : Keys {
       uint32_t sum = 0;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) sum += counts[i];
-      uint32_t reach = sum;  // keys in this lane's bins and those above
-#pragma unroll
-      for (int distance = 1; distance < kWarpThreads; distance *= 2) {
-        const uint32_t other = __shfl_up_sync(kFullWarp, reach, distance);
-        if (lane >= distance) reach += other;
-      }
+      const uint32_t reach = sum_up_to(lane, sum);  // keys in this lane's bins and those above
       const uint32_t lanes = __ballot_sync(kFullWarp, above + reach >= wanted);
       const int owner = __ffs(static_cast<int>(lanes)) - 1;
       int bin = (kWarpThreads - lane) * kPerLane - 1;
@@ -242,12 +249,7 @@ struct Selection : Keys {
       if (key >= threshold) mine += key >= bound ? 1u : 1u << 16;
     }
     const int lane = team.rank % kWarpThreads;
-    uint32_t before = mine;  // inclusive sum over the warp
-#pragma unroll
-    for (int distance = 1; distance < kWarpThreads; distance *= 2) {
-      const uint32_t other = __shfl_up_sync(kFullWarp, before, distance);
-      if (lane >= distance) before += other;
-    }
+    const uint32_t before = sum_up_to(lane, mine);
     if (team.rank == 0) team.scratch.total = 0;
     team.sync();
     uint32_t base = 0;
@@ -313,12 +315,7 @@ struct Selection : Keys {
         sum += counts.x + counts.y + counts.z + counts.w;
         most = ::max(::max(most, ::max(counts.x, counts.y)), ::max(counts.z, counts.w));
       }
-      uint32_t next = sum;
-#pragma unroll
-      for (int distance = 1; distance < kWarpThreads; distance *= 2) {
-        const uint32_t other = __shfl_up_sync(kFullWarp, next, distance);
-        if (lane >= distance) next += other;
-      }
+      uint32_t next = sum_up_to(lane, sum);
       most = __reduce_max_sync(kFullWarp, most);
       if (lane == kWarpThreads - 1) scratch.total = next, scratch.crowd = most;
       next -= sum;
