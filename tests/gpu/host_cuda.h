@@ -145,7 +145,7 @@ const T* collect(T value) {
   return seen;
 }
 
-inline bool meet(int id, unsigned threads, bool value, bool waits) {
+inline bool meet(int id, unsigned threads, bool value) {
   Barrier& barrier = barriers[id];
   const unsigned generation = barrier.generation;
   bool& any = barrier.any[generation & 1];
@@ -154,7 +154,7 @@ inline bool meet(int id, unsigned threads, bool value, bool waits) {
   if (++barrier.arrived == threads) {
     barrier.arrived = 0;
     barrier.any[++barrier.generation & 1] = false;
-  } else if (waits) {
+  } else {
     wait_until([&] { return barrier.generation != generation; });
   }
   return any;
@@ -293,5 +293,5 @@ T __reduce_add_sync(unsigned, T value) {
   for (int i = 0; i < 32; ++i) sum += all[i];
   return sum;
 }
-inline void __syncthreads() { host_cuda::meet(0, blockDim.x, false, true); }
-inline bool __syncthreads_or(bool mine) { return host_cuda::meet(0, blockDim.x, mine, true); }
+inline void __syncthreads() { host_cuda::meet(0, blockDim.x, false); }
+inline bool __syncthreads_or(bool mine) { return host_cuda::meet(0, blockDim.x, mine); }

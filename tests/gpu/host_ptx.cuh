@@ -16,9 +16,29 @@ inline uint32_t pack_bf16(float low, float high) { return bf16_bits(low) | bf16_
 
 inline float bf16_value(uint32_t bits) { return __uint_as_float(bits << 16); }
 
-inline uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
-  return pack_bf16(bf16_value(a) * bf16_value(b), bf16_value(a >> 16) * bf16_value(b >> 16));
+// Of a sum that a double holds, or whose lost part cannot decide the rounding.
+inline uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
+  const double sum = static_cast<double>(bf16_value(a)) * bf16_value(b) + bf16_value(c);
+  if (!std::isfinite(sum) || sum == 0) return bf16_bits(static_cast<float>(sum));
+  const int quantum = max(std::ilogb(sum) - 7, -133);  // of eight significant bits, or of subnormal numbers
+  return bf16_bits(static_cast<float>(std::ldexp(std::nearbyint(std::ldexp(sum, -quantum)), quantum)));
 }
+
+inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  return fma_bf16(a, b, c) | fma_bf16(a >> 16, b >> 16, c >> 16) << 16;
+}
+
+inline uint32_t multiply_bf16x2(uint32_t a, uint32_t b) { return fma_bf16x2(a, b, 0x80008000u); }
+
+inline uint32_t max_or_nan_bf16x2(uint32_t a, uint32_t b) {
+  return pack_bf16(max_or_nan(bf16_value(a), bf16_value(b)), max_or_nan(bf16_value(a >> 16), bf16_value(b >> 16)));
+}
+
+inline uint32_t min_bf16x2(uint32_t a, uint32_t b) {
+  return pack_bf16(std::fmin(bf16_value(a), bf16_value(b)), std::fmin(bf16_value(a >> 16), bf16_value(b >> 16)));
+}
+
+inline float approximate_reciprocal(float x) { return 1.0f / x; }
 
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
@@ -63,13 +83,11 @@ inline void prefetch_line(const uint8_t*) {}
 inline void wait_for_last_kernel() {}
 
 template <int kThreads>
-void barrier_sync(int barrier) { host_cuda::meet(barrier, kThreads, false, true); }
+void barrier_sync(int barrier) { host_cuda::meet(barrier, kThreads, false); }
 template <int kThreads>
-void barrier_arrive(int barrier) { host_cuda::meet(barrier, kThreads, false, false); }
+bool barrier_any(int barrier, bool mine) { return host_cuda::meet(barrier, kThreads, mine); }
 template <int kThreads>
-bool barrier_any(int barrier, bool mine) { return host_cuda::meet(barrier, kThreads, mine, true); }
-template <int kThreads>
-bool barrier_all(int barrier, bool mine) { return !host_cuda::meet(barrier, kThreads, !mine, true); }
+bool barrier_all(int barrier, bool mine) { return !host_cuda::meet(barrier, kThreads, !mine); }
 
 template <int>
 void release_registers() {}

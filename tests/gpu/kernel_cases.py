@@ -61,6 +61,7 @@ INDEX_LAYOUTS = [
     Layout("nvfp4", 128, 256, global_scale=3e-30),
     Layout("nvfp4", 64, global_scale=2e25),
     Layout("nvfp4", 64, 32, 16),
+    Layout("nvfp4", 128, global_scale=2.0**-12),
     Layout("fp8", 128),
     Layout("fp8", 64, 16, 16),
     Layout("bf16", 128),
@@ -109,6 +110,23 @@ def hostile_entries(count: int, dim: int, dtype: torch.dtype, seed: int = 0) -> 
     kinds = torch.stack([smooth, spread, patterns, tame, near, fine, rare, holes, zeros])
     rows = kinds[uniform(0, len(kinds), count), torch.arange(count)]
     return rows.to(dtype)
+
+
+def fp4_quotients(step: int = 1) -> Tensor:
+    """bf16 [entries, 128]: groups of 16 whose first value is the largest, with every bf16 significand, and which
+    together hold every value from it down to a 128th, both signs. The largest ones reach all kinds of scales of "nvfp4"
+    with a global scale of 1: subnormal, normal, at the floor and saturated.
+
+    step: take every step-th of the largest values.
+    """
+    significands, exponents = torch.arange(128), torch.tensor([-14, -9, -8, -7, -6, -5, -1, 0, 5, 11, 12])
+    largest = ((exponents.unsqueeze(1) + 127 << 7) + significands).flatten()[::step]
+    below = torch.arange(7 * 128 // 15 * 15).view(-1, 15)  # in units of the last place
+    values = largest.view(-1, 1, 1) - below
+    groups = torch.cat([largest.view(-1, 1, 1).expand(-1, len(below), 1), values], dim=2)
+    signs = torch.arange(groups.numel()).view_as(groups) % 3 == 1
+    patterns = torch.where(signs, groups - 2**15, groups).to(torch.int16).flatten()
+    return patterns[: len(patterns) // 128 * 128].view(torch.bfloat16).view(-1, 128)
 
 
 def hostile_slots(count: int, num_slots: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

@@ -99,6 +99,21 @@ def test_append_of_every_16_bit_pattern(layout: cases.Layout, dtype: torch.dtype
         cases.assert_same_memory(got, want, layout, f"beside {fill}")
 
 
+@pytest.mark.parametrize(
+    ("format", "global_scale"),
+    [("mxfp4", 1.0), ("nvfp4", 1.0), ("nvfp4", 2.0**-12), ("nvfp4", 2.0**39), ("nvfp4", 0.7)],
+)
+def test_append_rounds_every_quotient_as_the_cpu_does(format: str, global_scale: float) -> None:
+    """On and beside every midpoint."""
+    layout = cases.Layout(format, 128, global_scale=global_scale)
+    entries = cases.fp4_quotients() * global_scale
+    slots, num_blocks = torch.arange(len(entries)), -(-len(entries) // 64)
+    want = cases.appended(layout.view(num_blocks), entries, slots, "nearest_even")
+    view = layout.view(num_blocks, "cuda")
+    append.append_entries(entries.cuda(), view, slots.cuda(), "nearest_even")
+    cases.assert_same_memory(cases.whole_memory(view), want, layout, "quotients")
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 512), (3, 5), (64, 512), (1000, 17)], ids=str)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("layout", cases.KV_LAYOUTS, ids=str)

@@ -120,6 +120,21 @@ def test_append_widens_every_16_bit_pattern(layout: cases.Layout, dtype: torch.d
     cases.assert_same_memory(got, want, layout, "patterns")
 
 
+@pytest.mark.parametrize(
+    ("format", "global_scale"),
+    [("mxfp4", 1.0), ("nvfp4", 1.0), ("nvfp4", 2.0**-12), ("nvfp4", 2.0**39), ("nvfp4", 0.7)],
+)
+def test_append_rounds_every_quotient_as_the_cpu_does(format: str, global_scale: float) -> None:
+    """On and beside every midpoint."""
+    layout = cases.Layout(format, 128, global_scale=global_scale)
+    entries = cases.fp4_quotients(5) * global_scale
+    slots, num_blocks = torch.arange(len(entries)), -(-len(entries) // 64)
+    want = cases.appended(layout.view(num_blocks), entries, slots, "nearest_even")
+    view = layout.view(num_blocks)
+    append.append_entries(entries, view, slots, "nearest_even")
+    cases.assert_same_memory(cases.whole_memory(view), want, layout, "quotients")
+
+
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("layout", cases.KV_LAYOUTS, ids=str)
 def test_gather_reads_what_the_cpu_reads(layout: cases.Layout, index_dtype: torch.dtype) -> None:

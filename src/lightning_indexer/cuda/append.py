@@ -5,6 +5,7 @@ and compare (entry bytes read + row bytes written + slot bytes) / time with a de
 """
 
 import functools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -31,6 +32,7 @@ PARAMETERS = {
 MAX_DIM = 2048  # of "bf16" and "fp32" entries: one thread block must hold one
 
 _THREADS = 256
+_TAME_EXPONENT = 40
 _VALUES_PER_LANE = {"mxfp4": 16, "nvfp4": 16, "fp8": 16, "fp8_ds_mla": 16, "bf16": 8, "fp32": 8}
 _ROUNDINGS = {"nearest_even": "Rounding::kNearestEven", "toward_zero": "Rounding::kTowardZero"}
 
@@ -53,7 +55,8 @@ def append_entries(entries: Tensor, view: PagedView, slots: Tensor, rounding: st
         return
     storage = view.storage
     check_storage("append_entries", view)
-    kernel, entries_per_cta = _kernel(view.schema, entries.dtype, rounding, storage.device.index)
+    is_plain = entries.dtype == torch.bfloat16 and is_plain_global_scale(view.global_scale)
+    kernel, entries_per_cta = _kernel(view.schema, entries.dtype, rounding, is_plain, storage.device.index)
     if not _rows_are_readable(entries):
         entries = entries.clone(memory_format=torch.contiguous_format)
     if not slots.is_contiguous():
@@ -72,9 +75,21 @@ def append_entries(entries: Tensor, view: PagedView, slots: Tensor, rounding: st
     )
 
 
-def specialisation(schema: CacheSchema, dtype: torch.dtype, rounding: str, arch: str) -> Specialisation:
-    """What is compiled for entries of `dtype` going into blocks of `schema`."""
-    arguments = (_row_type(schema, rounding), INPUT_TYPES[dtype], block_type(schema), str(_entries_per_cta(schema)))
+def is_plain_global_scale(global_scale: float) -> bool:
+    """Whether a quotient by it is exact, so that "nvfp4" has a short way: a power of two far from the ends of fp32."""
+    mantissa, exponent = math.frexp(global_scale)
+    return mantissa == 0.5 and abs(exponent) <= _TAME_EXPONENT
+
+
+def specialisation(
+    schema: CacheSchema, dtype: torch.dtype, rounding: str, arch: str, *, is_plain: bool = False
+) -> Specialisation:
+    """What is compiled for entries of `dtype` going into blocks of `schema`.
+
+    is_plain: of "nvfp4" from bf16, see `is_plain_global_scale`.
+    """
+    row_type, block = _row_type(schema, rounding, is_plain), block_type(schema)
+    arguments = (row_type, INPUT_TYPES[dtype], block, str(_entries_per_cta(schema)))
     return Specialisation("append.cu", "append_entries", arguments, arch)
 
 
@@ -82,25 +97,30 @@ def specialisations(schema: CacheSchema, arch: str) -> Iterator[Specialisation]:
     """All that blocks of `schema` may need."""
     for dtype in INPUT_TYPES:
         for rounding in ROUNDINGS if schema.format in ("mxfp4", "nvfp4") else ROUNDINGS[:1]:
-            yield specialisation(schema, dtype, rounding, arch)
+            for is_plain in (False, True) if (schema.format, dtype) == ("nvfp4", torch.bfloat16) else (False,):
+                yield specialisation(schema, dtype, rounding, arch, is_plain=is_plain)
 
 
 @functools.cache
-def _kernel(schema: CacheSchema, dtype: torch.dtype, rounding: str, device_index: int) -> tuple[Kernel, int]:
+def _kernel(
+    schema: CacheSchema, dtype: torch.dtype, rounding: str, is_plain: bool, device_index: int
+) -> tuple[Kernel, int]:
     """The kernel, and how many entries a thread block of it takes."""
     if schema.dim > MAX_DIM:
         raise NotImplementedError(f"append_entries: on a GPU head_dim must be at most {MAX_DIM}, got {schema.dim}")
-    wanted = specialisation(schema, dtype, rounding, device_arch(device_index))
+    wanted = specialisation(schema, dtype, rounding, device_arch(device_index), is_plain=is_plain)
     entries_per_cta = _entries_per_cta(schema)
     threads = entries_per_cta * _lanes(schema)
     return load_kernel(wanted, device_index, PARAMETERS, threads=threads), entries_per_cta
 
 
-def _row_type(schema: CacheSchema, rounding: str) -> str:
+def _row_type(schema: CacheSchema, rounding: str, is_plain: bool) -> str:
     if schema.format == "fp8_ds_mla":
         return "Fp8DsMla"
-    if schema.format in ("mxfp4", "nvfp4"):
-        return f"{schema.format.capitalize()}<{schema.dim}, {_ROUNDINGS[rounding]}>"
+    if schema.format == "mxfp4":
+        return f"Mxfp4<{schema.dim}, {_ROUNDINGS[rounding]}>"
+    if schema.format == "nvfp4":
+        return f"Nvfp4<{schema.dim}, {_ROUNDINGS[rounding]}, {str(is_plain).lower()}>"
     return f"{schema.format.capitalize()}<{schema.dim}>"
 
 

@@ -449,7 +449,8 @@ def _ring_bytes(product: Product, shape: Shape, schema: CacheSchema) -> int:
     """`kBytes` of the feed in kernels/feed.cuh."""
     slots = shape.groups * shape.stages
     if product.is_wgmma:
-        return -(-slots * 20 // 128) * 128 + slots * shape.halves * _HALF_ENTRIES * schema.bytes_per_entry
+        control = 16 * slots + (4 * slots + 11) // 8 * 8 + 24
+        return -(-control // 128) * 128 + slots * shape.halves * _HALF_ENTRIES * schema.bytes_per_entry
     lane_bytes = schema.data_bytes // 4 + (4 if schema.scale_bytes else 0)
     return slots * 4 * 64 * shape.halves * lane_bytes
 

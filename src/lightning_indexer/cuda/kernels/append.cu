@@ -38,9 +38,15 @@ __global__ void __launch_bounds__(kEntriesPerCta* Row::kLanes) append_entries(
   const bool exists = entry < num_entries;  // lanes without an entry stay: the shuffles want full warps
 
   const int64_t slot = exists ? Indices{slots, slots_are_int64}[entry] : -1;
-  float x[kValues] = {};
+  constexpr bool kIsPairs = Row::kTakesPairs && Input::kIsBf16;
+  typename Either<kIsPairs, uint32_t, float>::Type x[kIsPairs ? kValues / 2 : kValues] = {};
   if (exists) {
-    load_values<Input>(entries + entry * entry_stride + lane * (kValues / Input::kPer16 * 16), x);
+    const uint8_t* const source = entries + entry * entry_stride + lane * (kValues / Input::kPer16 * 16);
+    if constexpr (kIsPairs) {
+      load_words(source, x);
+    } else {
+      load_values<Input>(source, x);
+    }
   }
 
   Target target = {};
@@ -50,7 +56,11 @@ __global__ void __launch_bounds__(kEntriesPerCta* Row::kLanes) append_entries(
     target.data_row = block + row * Block::kDataBytes;
     target.scale_row = block + Block::kScaleOffset + row * Block::kScaleBytes;
   }
-  Row::template write<Input>(x, lane, target, global_scale);
+  if constexpr (kIsPairs) {
+    Row::write_pairs(x, lane, target, global_scale);
+  } else {
+    Row::template write<Input>(x, lane, target, global_scale);
+  }
 }
 
 }  // namespace lightning_indexer

@@ -2,6 +2,8 @@
 //
 // A tile is kHalves times 64 entries, for one warpgroup: of each half a warp takes sixteen, a lane its share of two
 // (keys.cuh). Both feeds keep several tiles under way in shared memory and offer the same:
+//     prepare(rings, thread)     called by all threads first
+//     await_copied, announce_part, announce_loaded(rings)     around the writing of a part, and behind its queries
 //     begin(part, rings)     called by all that score, once the part is known
 //     has_tile()             whether this warpgroup has a tile left
 //     next()                 wait for the next one; returns its warp's first entry
@@ -80,6 +82,9 @@ struct LaneFeed {
 
   __device__ static __forceinline__ void take_registers() {}
   __device__ static __forceinline__ void prepare(uint8_t*, uint32_t) {}
+  __device__ static __forceinline__ void await_copied(uint8_t*) {}
+  __device__ static __forceinline__ void announce_part(uint8_t*) {}
+  __device__ static __forceinline__ void announce_loaded(uint8_t*) {}
 
   __device__ __forceinline__ void begin(const Part& part, uint8_t* rings) {  // an equal stretch for each warpgroup
     const uint32_t thread = this_thread();
@@ -190,7 +195,14 @@ struct BulkFeed {
   struct Control {
     uint64_t full[kSlots], empty[kSlots];
     uint32_t tiles[kSlots];  // which one lies in a slot
+    uint32_t parts;          // announced so far
+    uint64_t known, loaded, copied;  // a part is, its queries are, its tiles are
   };
+  // (Between the two kinds of warps there are no named barriers: compute-sanitizer follows one only where all that meet at it
+  // do so at the same instruction.)
+  static constexpr int kParts = 20 * kSlots;
+  static constexpr int kKnown = 16 * kSlots + (4 * kSlots + 11) / 8 * 8, kLoaded = kKnown + 8, kCopied = kKnown + 16;
+  static_assert(sizeof(Control) == kCopied + 8, "as addressed");
   static constexpr int kControlBytes = (sizeof(Control) + 127) / 128 * 128;
   static constexpr int kBytes = kControlBytes + kSlots * kSlotBytes;
 
@@ -216,15 +228,41 @@ struct BulkFeed {
   __device__ static __forceinline__ void give_registers() { release_registers<kProducerRegisters>(); }
   __device__ static __forceinline__ void take_registers() { acquire_registers<kScorerRegisters>(); }
 
-  // One thread calls it before anybody waits.
+  // All threads, before anybody waits.
   __device__ static __forceinline__ void prepare(uint8_t* rings, uint32_t thread) {
-    if (thread != 0) return;
-    const uint32_t control = shared_address(rings);
-    for (int i = 0; i < kSlots; ++i) {
-      mbarrier_init(control + 8 * i, 1);
-      mbarrier_init(control + 8 * (kSlots + i), 4);  // the warps of a warpgroup
+    if (thread == 0) {
+      const uint32_t control = shared_address(rings);
+      for (int i = 0; i < kSlots; ++i) {
+        mbarrier_init(control + 8 * i, 1);
+        mbarrier_init(control + 8 * (kSlots + i), 4);  // the warps of a warpgroup
+      }
+      mbarrier_init(control + kKnown, 1);
+      mbarrier_init(control + kLoaded, 4 * kGroups);
+      mbarrier_init(control + kCopied, kGroups);
+      store_shared(control + kParts, 0);
+      mbarrier_publish();
     }
-    mbarrier_publish();
+    __syncthreads();
+  }
+
+  // One warp, around the writing of a part.
+  __device__ static __forceinline__ void await_copied(uint8_t* rings) {
+    uint32_t parts;
+    load_shared<4>(shared_address(rings) + kParts, &parts);
+    mbarrier_wait(shared_address(rings) + kCopied, (parts & 1) ^ 1);  // the first time round it counts as copied
+  }
+  __device__ static __forceinline__ void announce_part(uint8_t* rings) {
+    __syncwarp();
+    if (threadIdx.x % kWarpThreads != 0) return;
+    const uint32_t control = shared_address(rings);
+    uint32_t parts;
+    load_shared<4>(control + kParts, &parts);
+    store_shared(control + kParts, parts + 1);
+    mbarrier_arrive(control + kKnown);
+  }
+  // A thread of each warp that scores, once it has loaded its share of the part's queries.
+  __device__ static __forceinline__ void announce_loaded(uint8_t* rings) {
+    mbarrier_arrive(shared_address(rings) + kLoaded);
   }
 
   __device__ __forceinline__ void begin(const Part& part, uint8_t* rings) {
@@ -274,12 +312,23 @@ struct BulkFeed {
 
     __device__ __forceinline__ explicit Producer(uint32_t group) : group(group), step(0) {}
 
-    // All lanes call it for every part. A tile's bytes are contiguous in runs of kRun entries; a lane looks up and copies
-    // one run. Behind the first tile it waits for `loaded`: queries would come last if they had to queue behind all keys that
-    // the slots of all blocks hold.
-    template <class Loaded>
-    __device__ __forceinline__ void produce(
-        const Pages& pages, uint8_t* rings, const Part& part, const Loaded& loaded) {
+    // All lanes, part after part until there is none. `part` is written anew once this has arrived at `copied`.
+    __device__ __forceinline__ void run(const Pages& pages, uint8_t* rings, const Part& part) {
+      const uint32_t control = shared_address(rings);
+      for (uint32_t parts = 0;; ++parts) {
+        mbarrier_wait(control + kKnown, parts & 1);
+        if (part.is_none) return;
+        produce(pages, rings, part, parts);
+        __syncwarp();
+        if (threadIdx.x % kWarpThreads == 0) mbarrier_arrive(control + kCopied);
+      }
+    }
+
+   private:
+    // A tile's bytes are contiguous in runs of kRun entries; a lane looks up and copies one run. Behind the first tile it
+    // waits until the part's queries are loaded: they would come last if they had to queue behind all keys that the slots of
+    // all blocks hold.
+    __device__ __forceinline__ void produce(const Pages& pages, uint8_t* rings, const Part& part, uint32_t parts) {
       constexpr uint32_t kRun = Block::kEntries % 64 == 0 ? 64 : Block::kEntries % 32 == 0 ? 32 : 16;
       constexpr uint32_t kCopies = kTile / kRun, kTilesAtOnce = kWarpThreads / kCopies;
       const uint32_t lane = threadIdx.x % kWarpThreads, run = lane % kCopies;
@@ -297,7 +346,7 @@ struct BulkFeed {
         const uint32_t count = min(share.count - done, kTilesAtOnce);
 #pragma unroll 1
         for (uint32_t i = 0; i < count; ++i, ++step) {
-          if (done + i == 1) loaded();
+          if (done + i == 1) mbarrier_wait(control + kLoaded, parts & 1);
           const uint32_t slot = step % kStages * kGroups + group;
           const uint32_t full = control + 8 * slot, target = control + kControlBytes + slot * kSlotBytes;
           mbarrier_wait(full + 8 * kSlots, (step / kStages & 1) ^ 1);  // the first time round it counts as released
@@ -317,7 +366,7 @@ struct BulkFeed {
           __syncwarp();
         }
       }
-      if (share.count < 2) loaded();
+      if (share.count < 2) mbarrier_wait(control + kLoaded, parts & 1);  // each part is waited for
     }
   };
 };

@@ -2,8 +2,9 @@
 //
 // An entry is spread over kLanes consecutive threads, kValues values each; in formats with scales they are lanes of one
 // warp. A row type has
-//     write(x, lane, target, global_scale)    x: the lane's values, by input type; target: the rows to write
-// which all lanes of a warp must call together (it shuffles), those whose entry is skipped with an empty target.
+//     write<Input>(x, lane, target, global_scale)        x: the lane's values; target: the rows to write
+//     write_pairs(pairs, lane, target, global_scale)     the same bytes from bf16, two to a word (if kTakesPairs)
+// which all lanes of a warp must call together (they shuffle), those whose entry is skipped with an empty target.
 #pragma once
 
 #include "memory.cuh"
@@ -90,6 +91,45 @@ __device__ __forceinline__ void take_high_halves(const float (&x)[kValues], uint
   }
 }
 
+// --- codes of pairs of bf16, in half the instructions -------------------------------------------------------------
+
+// Both halves of a word.
+__device__ __forceinline__ uint32_t twice(float x) { return pack_bf16(x, x); }
+
+// Sixteen E2M1 codes of pairs / scale, nearest even, low nibble first; the quotients are below 7.
+//
+// The code of a magnitude v is the least of 2v, 2 + v and 4 + v/2, each rounded to an integer. The sum with 128 of each is
+// rounded so in bf16, whose unit there is 1.
+template <class Scale>
+__device__ __forceinline__ void encode_e2m1(
+    const uint32_t (&pairs)[kQuantizedValues / 2], const Scale& scale, uint32_t (&words)[2]) {
+  const uint32_t twofold = twice(2 * scale.factor()), once = twice(scale.factor()), half = twice(0.5f * scale.factor());
+#pragma unroll
+  for (int w = 0; w < 2; ++w) {
+    uint32_t bytes[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t pair = pairs[4 * w + i], v = scale.divide_pair(pair & 0x7FFF7FFFu);
+      const uint32_t low = fma_bf16x2(v, twofold, 0x43004300u), middle = fma_bf16x2(v, once, 0x43024302u);
+      const uint32_t least = min_bf16x2(min_bf16x2(low, middle), fma_bf16x2(v, half, 0x43044304u));
+      const uint32_t codes = (least & 0x00070007u) | (pair >> 12 & 0x00080008u);
+      bytes[i] = codes + (codes >> 12);
+    }
+    words[w] = permute(permute(bytes[0], bytes[1], 0x0040), permute(bytes[2], bytes[3], 0x0040), 0x5410);
+  }
+  if (scale.is_nan()) {  // code 0, and -0 for a negative NaN
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      words[w] = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t pair = pairs[4 * w + i], low = pair << 16 > kNegativeInfBits, high = pair > (kNegativeInfBits | 0xFFFFu);
+        words[w] |= (low << 3 | high << 7) << (8 * i);
+      }
+    }
+  }
+}
+
 // --- scales of one group ------------------------------------------------------------------------------------------
 
 constexpr float kFp8Floor = 1e-4f;
@@ -109,6 +149,9 @@ struct PowerOfTwo {
   }
   __device__ __forceinline__ bool is_nan() const { return byte == kUE8M0Nan; }
   __device__ __forceinline__ float divide(float magnitude) const { return magnitude * inverse; }
+  // The quotient of two bf16 magnitudes but for `factor`.
+  __device__ __forceinline__ uint32_t divide_pair(uint32_t magnitudes) const { return magnitudes; }
+  __device__ __forceinline__ float factor() const { return inverse; }
 };
 
 // E4M3 times a global fp32 factor. Quotients saturate: the scale stops at 448, and where it rounds down they pass 6.
@@ -146,6 +189,29 @@ struct TameE4M3Scale {
   }
 };
 
+// The same for bf16 values and a global factor that is a tame power of two (`is_plain_global_scale` in append.py).
+// Quotients are rounded to bf16, and that to E2M1. That makes no difference: the scale has four bits, so a quotient is a
+// midpoint of E2M1 or at least a 254th of it away, further than its rounding takes it; the same holds for the midpoints of
+// E4M3 and a sixth of amax.
+struct PlainE4M3Scale {
+  uint32_t byte;
+  uint32_t inverse, rest;  // to 16 bits, in two terms
+
+  __device__ static __forceinline__ PlainE4M3Scale covering(float amax, float global_scale) {
+    const float wanted = amax * __uint_as_float(0x7F000000u - __float_as_uint(global_scale));  // divided by a power of two
+    const float clamped = fminf(fmaxf(wanted, kE2M1Max * kE4M3Tiny), kE2M1Max * kE4M3Max);
+    const uint32_t byte = is_finite(wanted) ? e4m3_magnitude(clamped * kOneOverE2M1Max) : kE4M3Nan;
+    const float exact = approximate_reciprocal(e4m3_fields(byte << 24) * 0x1p120f * global_scale);
+    const uint32_t inverse = twice(exact);
+    return {byte, inverse, twice(exact - __uint_as_float(inverse << 16))};
+  }
+  __device__ __forceinline__ bool is_nan() const { return byte == kE4M3Nan; }
+  __device__ __forceinline__ uint32_t divide_pair(uint32_t magnitudes) const {
+    return min_bf16x2(fma_bf16x2(magnitudes, inverse, multiply_bf16x2(magnitudes, rest)), 0x40C040C0u);  // 6
+  }
+  __device__ __forceinline__ float factor() const { return 1; }
+};
+
 // --- rows ---------------------------------------------------------------------------------------------------------
 
 // The largest magnitude among the values of a group's lanes, NaN if there is one.
@@ -159,6 +225,18 @@ __device__ __forceinline__ float group_amax(const float (&x)[kValues]) {
     amax = max_or_nan(amax, __shfl_xor_sync(kFullWarp, amax, distance));
   }
   return amax;
+}
+
+template <int kGroupLanes>
+__device__ __forceinline__ float group_amax(const uint32_t (&pairs)[kQuantizedValues / 2]) {
+  uint32_t amax = pairs[0] & 0x7FFF7FFFu;
+#pragma unroll
+  for (int i = 1; i < kQuantizedValues / 2; ++i) amax = max_or_nan_bf16x2(amax, pairs[i] & 0x7FFF7FFFu);
+#pragma unroll
+  for (int distance = 1; distance < kGroupLanes; distance *= 2) {
+    amax = max_or_nan_bf16x2(amax, __shfl_xor_sync(kFullWarp, amax, distance));
+  }
+  return max_or_nan(__uint_as_float(amax << 16), __uint_as_float(amax & 0xFFFF0000u));
 }
 
 // Writes one scale byte per group, four groups to a word: a byte store per group would issue four times as many.
@@ -176,7 +254,8 @@ template <int kDim_, Rounding kRounding>
 struct Mxfp4 {
   static constexpr int kDim = kDim_, kValues = kQuantizedValues, kLanes = kDim / kValues, kGroupLanes = 32 / kValues;
   static constexpr int kDataBytes = kDim / 2, kScaleBytes = 4;
-  static constexpr float kFloor = kRounding == Rounding::kNearestEven ? kE2M1Max * 0x1p-126f : 1e-4f;
+  static constexpr bool kTakesPairs = kRounding == Rounding::kNearestEven;
+  static constexpr float kFloor = kTakesPairs ? kE2M1Max * 0x1p-126f : 1e-4f;
   static_assert(kDim == 64 || kDim == 128, "index keys");
 
   template <class Input>
@@ -187,12 +266,22 @@ struct Mxfp4 {
     encode_e2m1<kRounding>(x, scale, words);
     if (target.data_row) store_words(target.data_row + 8 * lane, words);
   }
+
+  __device__ static __forceinline__ void write_pairs(
+      const uint32_t (&pairs)[kValues / 2], int lane, Target target, float) {
+    const PowerOfTwo scale = PowerOfTwo::covering(group_amax<kGroupLanes>(pairs), kFloor, kOneOverE2M1Max);
+    store_scale_bytes<kGroupLanes, kDim / 32>(target.scale_row, scale.byte, kDim == 64 ? 0x7F7F0000u : 0, lane);
+    uint32_t words[2];
+    encode_e2m1(pairs, scale, words);
+    if (target.data_row) store_words(target.data_row + 8 * lane, words);
+  }
 };
 
 // Packed E2M1, then E4M3 per 16 values.
-template <int kDim_, Rounding kRounding>
+template <int kDim_, Rounding kRounding, bool kIsPlain>
 struct Nvfp4 {
   static constexpr int kDim = kDim_, kValues = kQuantizedValues, kLanes = kDim / kValues, kGroupLanes = 16 / kValues;
+  static constexpr bool kTakesPairs = kIsPlain && kRounding == Rounding::kNearestEven;
   static constexpr int kDataBytes = kDim / 2, kScaleBytes = kDim / 16;
   static_assert(kDim == 64 || kDim == 128, "index keys");
 
@@ -208,12 +297,22 @@ struct Nvfp4 {
     }
     if (target.data_row) store_words(target.data_row + 8 * lane, words);
   }
+
+  __device__ static __forceinline__ void write_pairs(
+      const uint32_t (&pairs)[kValues / 2], int lane, Target target, float global_scale) {
+    const PlainE4M3Scale scale = PlainE4M3Scale::covering(group_amax<kGroupLanes>(pairs), global_scale);
+    store_scale_bytes<kGroupLanes, kDim / 16>(target.scale_row, scale.byte, 0, lane);
+    uint32_t words[2];
+    encode_e2m1(pairs, scale, words);
+    if (target.data_row) store_words(target.data_row + 8 * lane, words);
+  }
 };
 
 // E4M3, then one fp32 power of two for the whole entry.
 template <int kDim_>
 struct Fp8 {
   static constexpr int kDim = kDim_, kValues = kQuantizedValues, kLanes = kDim / kValues, kGroupLanes = kLanes;
+  static constexpr bool kTakesPairs = false;
   static constexpr int kDataBytes = kDim, kScaleBytes = 4;
   static_assert(kDim == 64 || kDim == 128, "index keys");
 
@@ -233,6 +332,7 @@ struct Fp8 {
 struct Fp8DsMla {
   static constexpr int kDim = 512, kValues = kQuantizedValues, kLanes = kDim / kValues, kGroupLanes = 64 / kValues;
   static constexpr int kFp8Lanes = 448 / kValues;
+  static constexpr bool kTakesPairs = false;
   static constexpr int kDataBytes = 448 + 64 * 2, kScaleBytes = 8;
   static_assert(kLanes == kWarpThreads, "one warp per entry");
 
@@ -258,6 +358,7 @@ struct Fp8DsMla {
 template <int kDim_>
 struct Bf16 {
   static constexpr int kDim = kDim_, kValues = kPlainValues, kLanes = kDim / kValues, kGroupLanes = 0;
+  static constexpr bool kTakesPairs = false;
   static constexpr int kDataBytes = 2 * kDim, kScaleBytes = 0;
 
   template <class Input>
@@ -276,6 +377,7 @@ struct Bf16 {
 template <int kDim_>
 struct Fp32 {
   static constexpr int kDim = kDim_, kValues = kPlainValues, kLanes = kDim / kValues, kGroupLanes = 0;
+  static constexpr bool kTakesPairs = false;
   static constexpr int kDataBytes = 4 * kDim, kScaleBytes = 0;
 
   template <class Input>

@@ -82,16 +82,19 @@ __device__ __forceinline__ int32_t clamped_block(int32_t block, int32_t num_bloc
   return block < 0 ? 0 : block < num_blocks ? block : num_blocks - 1;
 }
 
-// kWords words, in pieces of 16 or 8 bytes.
+// kWords words: 8 bytes, or pieces of 16.
 template <int kWords>
 __device__ __forceinline__ void load_words(const uint8_t* address, uint32_t (&words)[kWords]) {
-  static_assert(kWords == 2 || kWords == 4, "8 bytes or 16");
+  static_assert(kWords == 2 || kWords % 4 == 0, "8 bytes, or whole 16-byte pieces");
   if constexpr (kWords == 2) {
     const uint2 raw = *reinterpret_cast<const uint2*>(address);
     words[0] = raw.x, words[1] = raw.y;
   } else {
-    const uint4 raw = load_16(address);
-    words[0] = raw.x, words[1] = raw.y, words[2] = raw.z, words[3] = raw.w;
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      const uint4 raw = load_16(address + 4 * i);
+      words[i] = raw.x, words[i + 1] = raw.y, words[i + 2] = raw.z, words[i + 3] = raw.w;
+    }
   }
 }
 

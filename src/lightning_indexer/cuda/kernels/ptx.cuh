@@ -20,10 +20,34 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return result;
 }
 
-// a * b in bf16, both halves, rounded once; subnormal numbers included.
-__device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+// a * b + c in bf16, both halves, rounded once; subnormal numbers included.
+__device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(0x80008000u));  // + -0 keeps signs of zero
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
+__device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  return fma_bf16x2(a, b, 0x80008000u);  // + -0 keeps signs of zero
+}
+
+// The larger and the smaller of each half; NaN if either is NaN, where the name says so.
+__device__ __forceinline__ uint32_t max_or_nan_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+__device__ __forceinline__ uint32_t min_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("min.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+// 1 / x to one unit in the last place, x and the result normal.
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 
@@ -77,12 +101,6 @@ __device__ __forceinline__ int all_blocks() {
 template <int kThreads>
 __device__ __forceinline__ void barrier_sync(int barrier) {
   asm volatile("barrier.sync.aligned %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
-}
-
-// Counts as meeting without waiting.
-template <int kThreads>
-__device__ __forceinline__ void barrier_arrive(int barrier) {
-  asm volatile("barrier.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
 template <int kThreads>

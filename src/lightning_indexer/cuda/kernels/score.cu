@@ -74,9 +74,8 @@ __device__ __forceinline__ void exchange(bool is_upper, float& a, float b) {
   a = mine + __shfl_xor_sync(kFullWarp, theirs, 2);
 }
 
-// Named barriers of a block: 0 for all that score, one per warpgroup, one per team; all threads are done with a part, the
-// next is known, its queries are loaded.
-constexpr int kFirstGroupBarrier = 1, kLoadedBarrier = 7, kFirstTeamBarrier = 8, kDoneBarrier = 14, kPartBarrier = 15;
+// Named barriers of a block: 0 for all that score, one per warpgroup, one per team.
+constexpr int kFirstGroupBarrier = 1, kFirstTeamBarrier = 8;
 
 template <class Keys, class Mma, class Feed, class Block, class Shape, int kTerms, bool kDense>
 __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) score_topk(
@@ -140,26 +139,17 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
                            top_k, by_score};
   const Pages pages = {storage, block_table, table_row_stride, static_cast<uint32_t>(block_stride),
                        4 * static_cast<uint32_t>(table_column_stride), static_cast<uint32_t>(num_blocks)};
-  constexpr int kAllThreads = kThreads + Feed::kProducerThreads;
+  Feed::prepare(rings, thread);
   if constexpr (Feed::kProducerThreads > 0) {
     if (thread >= kThreads) {
       Feed::give_registers();
-      for (typename Feed::Producer producer((thread - kThreads) / kWarpThreads);;) {
-        barrier_arrive<kAllThreads>(kDoneBarrier);
-        barrier_sync<kAllThreads>(kPartBarrier);
-        if (shared.part.is_none) return;
-        const auto loaded = [] { barrier_sync<kAllThreads>(kLoadedBarrier); };
-        if (thread < kThreads + kGroups * kWarpThreads) {
-          producer.produce(pages, rings, shared.part, loaded);
-        } else {
-          loaded();
-        }
-      }
+      typename Feed::Producer producer((thread - kThreads) / kWarpThreads);
+      if (producer.group < kGroups) producer.run(pages, rings, shared.part);
+      return;
     }
   }
   Feed::take_registers();
   Feed feed(pages);
-  Feed::prepare(rings, thread);
   if (thread == 0) shared.factor = static_cast<double>(query_global_scale) * global_scale * Keys::kUnit;
   const typename SharedData::Plan plan = {rows};
   if (thread < kWarpThreads) plan.find_range(shared.range);
@@ -171,9 +161,13 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
   }
 
   for (;;) {
-    barrier_sync<kAllThreads>(kDoneBarrier);  // nobody reads the last part any more, nor what lies over its operands
-    if (thread < kWarpThreads) plan.next(shared.range, shared.part);
-    barrier_sync<kAllThreads>(kPartBarrier);
+    sync_scorers<kThreads>();  // nobody reads the last part any more, nor what lies over its operands
+    if (thread < kWarpThreads) {
+      Feed::await_copied(rings);
+      plan.next(shared.range, shared.part);
+      Feed::announce_part(rings);
+    }
+    sync_scorers<kThreads>();
     if (shared.part.is_none) break;
     const Part& part = shared.part;
     const uint32_t size = part.group.size;
@@ -189,7 +183,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
     load_queries<Keys, Mma, kHeads, kPerMma, kTerms, kThreads>(
         queries, part.group.row, size, operands, shared.weights, shared.folded, shared.row_scales);
     Mma::publish();
-    if constexpr (Feed::kProducerThreads > 0) barrier_arrive<kAllThreads>(kLoadedBarrier);
+    if (this_thread() % kWarpThreads == 0) Feed::announce_loaded(rings);
     sync_scorers<kThreads>();
 
     // --- score ------------------------------------------------------------------------------------------------------

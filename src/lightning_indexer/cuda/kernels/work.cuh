@@ -144,7 +144,7 @@ struct Planner {
   __device__ __forceinline__ void next(Range& range, Part& part) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
     if (range.start >= range.end) {
-      part.is_none = true;
+      if (lane == 0) part.is_none = true;
       return;
     }
     const int row = range.row + lane;
