@@ -16,6 +16,7 @@ from lightning_indexer.ops.attention import sparse_attention
 from lightning_indexer.ops.gather_kv import gather_kv
 from lightning_indexer.ops.merge import merge_topk
 from lightning_indexer.ops.score_topk import index_scores, score_topk, score_topk_workspace_bytes
+from lightning_indexer.ops.shard import ContiguousShard, InterleavedShard
 from lightning_indexer.ops.valid_lens import compute_valid_lens, visible_entries
 from lightning_indexer.query import QuantizedQuery, quantize_query
 
@@ -26,9 +27,11 @@ __all__ = [
     "CSAIndexer",
     "CacheSchema",
     "Compressor",
+    "ContiguousShard",
     "DSV4Config",
     "Fp8BlockLinear",
     "IndexerView",
+    "InterleavedShard",
     "KVView",
     "LayerCacheHandle",
     "Nvfp4Linear",

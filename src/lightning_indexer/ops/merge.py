@@ -7,24 +7,39 @@ from torch import Tensor
 from lightning_indexer.checks import check_tensor
 from lightning_indexer.selection import EMPTY, candidate_keys, key_indices, key_scores
 
+_all_gather = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)  # newer torch deprecates the latter
+
 
 @torch.no_grad()
 def merge_topk(
-    indices: Tensor, scores: Tensor, *, top_k: int, group: dist.ProcessGroup | None = None
+    indices: Tensor,
+    scores: Tensor,
+    *,
+    top_k: int,
+    group: dist.ProcessGroup | None = None,
+    out: Tensor | None = None,
+    scores_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The `top_k` best of all candidates, by the rules of `score_topk`: ties to the smaller index.
 
     Every global winner is a winner on its own shard, so merging the shards' top-k is exact and equals the selection on
-    the unsharded sequence bit for bit. (One case is lost: `score_topk` reports NaN scores as -inf, so where a sequence
-    has both, their order among each other is by index alone.)
+    the unsharded sequence bit for bit. One case is lost: `score_topk` reports NaN scores as -inf, so where fewer than
+    `top_k` scores of a sequence are above -inf, the NaN and -inf among the rest go by index alone.
+
+    Nothing is read back from the device. A call can be captured in a CUDA graph with its exchange (NCCL; call it once
+    before, so that the group's communicator exists).
 
     Args:
-        indices: int32 [T, C] global entry indices, -1 for none. Without a group, C may hold several shards' candidates
-            side by side. With a group, C is the same on all ranks.
+        indices: int32 [T, C] global entry indices, in any order, -1 for none. `InterleavedShard` and `ContiguousShard`
+            make them from a rank's own. Without a group, C may hold several shards' candidates side by side. With a
+            group, T and C are the same on all ranks: a rank that holds fewer entries, or none, pads with -1.
         scores: fp32 [T, C], as `score_topk(..., return_scores=True)` gives them.
         top_k: at least 1; may exceed the number of candidates.
         group: a `torch.distributed` process group; each rank passes its own candidates and gets the same result.
-            8 bytes are exchanged per candidate.
+            8 bytes are exchanged per candidate. None: no exchange (not the default group).
+        out: int32 [T, top_k] and scores_out: fp32 [T, top_k], written in place; new tensors by default.
     Returns:
         indices: int32 [T, top_k], ordered by score (descending, ties by index), -1 where there are fewer.
         scores: fp32 [T, top_k], -inf there.
@@ -32,15 +47,29 @@ def merge_topk(
     op = "merge_topk"
     check_tensor(op, "indices", indices, dtype=torch.int32, shape=("T", "C"))
     check_tensor(op, "scores", scores, dtype=torch.float32, shape=tuple(indices.shape), device=indices.device)
-    if not isinstance(top_k, int) or top_k < 1:
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
         raise ValueError(f"{op}: top_k must be an int of at least 1, got {top_k!r}")
+    for name, tensor, dtype in (("out", out, torch.int32), ("scores_out", scores_out, torch.float32)):
+        if tensor is not None:
+            check_tensor(op, name, tensor, dtype=dtype, shape=(len(indices), top_k), device=indices.device)
+    if group is not None and dist.get_world_size(group) < 1:
+        raise ValueError(f"{op}: group must contain this process, got one that does not")
     keys = torch.where(indices < 0, EMPTY, candidate_keys(scores, indices.long()))
     if group is not None:
-        ranks, (num_tokens, width) = dist.get_world_size(group), keys.shape
-        gathered = keys.new_empty(ranks * num_tokens, width)
-        dist.all_gather_into_tensor(gathered, keys.contiguous(), group=group)
-        keys = gathered.view(ranks, num_tokens, width).transpose(0, 1).flatten(1)  # [T, ranks * C]
+        keys = _gather(keys, group)
     if keys.shape[1] < top_k:
         keys = torch.nn.functional.pad(keys, (0, top_k - keys.shape[1]), value=EMPTY)
     best = keys.topk(top_k, dim=1).values
-    return key_indices(best), key_scores(best)
+    best_indices, best_scores = key_indices(best), key_scores(best)
+    return (
+        best_indices if out is None else out.copy_(best_indices),
+        best_scores if scores_out is None else scores_out.copy_(best_scores),
+    )
+
+
+def _gather(keys: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All ranks' keys [T, C] side by side: [T, ranks * C]."""
+    ranks, (num_tokens, width) = dist.get_world_size(group), keys.shape
+    gathered = keys.new_empty(ranks * num_tokens, width)
+    _all_gather(gathered, keys.contiguous(), group=group)
+    return gathered.view(ranks, num_tokens, width).transpose(0, 1).flatten(1)

@@ -1,0 +1,127 @@
+"""Context parallel on a GPU: shards on one device, and NCCL with a group of one, eagerly and in a CUDA graph."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import assert_same_bits
+from sharded import CASES, LAYOUTS, Sequences
+from torch import Tensor
+
+from lightning_indexer import ContiguousShard, InterleavedShard, merge_topk, score_topk
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+TOP_KS = [1, 16, 300]
+
+
+@pytest.fixture(autouse=True)
+def _cuda_wheels() -> None:
+    pytest.importorskip("cuda.core", reason="needs cuda-core and NVRTC (the extra cuda13)")
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dist.ProcessGroup]:
+    """This process alone, over NCCL."""
+    store = tmp_path_factory.mktemp("nccl") / "store"
+    dist.init_process_group("nccl", init_method=f"file://{store}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def assert_same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], what: str) -> None:
+    for name, g, w in zip(("indices", "scores"), got, want, strict=True):
+        assert_same_bits(g, w, f"{name}, {what}")
+
+
+@pytest.mark.parametrize("shard", [InterleavedShard(1, 3, 5), ContiguousShard(40, 90)], ids=str)
+def test_shards_number_as_on_a_cpu(shard: InterleavedShard | ContiguousShard) -> None:
+    numbers = torch.arange(-1, 200, dtype=torch.int32)
+    device_numbers = numbers.to("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = (
+            shard.local_valid_lens(device_numbers[1:]),
+            shard.global_indices(device_numbers.unsqueeze(0)),
+            shard.local_indices(device_numbers.unsqueeze(0)),
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    rows = numbers.unsqueeze(0)
+    want = (shard.local_valid_lens(numbers[1:]), shard.global_indices(rows), shard.local_indices(rows))
+    for g, w in zip(got, want, strict=True):
+        assert_same_bits(g, w, str(shard))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_shards_of_two_ranks_merged_on_one_device(case: str, layout: str) -> None:
+    for top_k in TOP_KS:
+        got = CASES[case].merged_here(LAYOUTS[layout], 2, top_k, "cuda")
+        assert_same(got, CASES[case].whole(top_k, "cuda"), f"{case}, {layout}, k = {top_k}")
+
+
+@pytest.mark.parametrize("top_k", TOP_KS)
+@pytest.mark.parametrize("case", CASES)
+def test_nccl(case: str, top_k: int, group: dist.ProcessGroup) -> None:
+    indices, scores = CASES[case].candidates(LAYOUTS["round-robin"], 0, 1, top_k, "cuda")
+    by_column = [x.t().contiguous().t() for x in (indices, scores)]
+    want = CASES[case].whole(top_k, "cuda")
+    for candidates in ((indices, scores), by_column):
+        assert_same(merge_topk(*candidates, top_k=top_k, group=group), want, f"{case}, k = {top_k}")
+
+
+def test_nccl_without_queries(group: dist.ProcessGroup) -> None:
+    nothing = torch.empty(0, 5, dtype=torch.int32, device="cuda"), torch.empty(0, 5, device="cuda")
+    assert [x.shape for x in merge_topk(*nothing, top_k=3, group=group)] == [(0, 3)] * 2
+
+
+def test_merging_does_not_wait_for_the_device(group: dist.ProcessGroup) -> None:
+    candidates = CASES["mxfp4"].candidates(LAYOUTS["round-robin"], 0, 1, 16, "cuda")
+    merge_topk(*candidates, top_k=16, group=group)  # the first call makes the communicator
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        merge_topk(*candidates, top_k=16, group=group)
+        merge_topk(*candidates, top_k=16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_graph_follows_its_inputs(ranks: int, group: dist.ProcessGroup) -> None:
+    """Selection on two shards, or on one with an exchange, and the merge; then other lengths in the same memory."""
+    sequences, top_k = CASES["mxfp4-plateaus"], 16
+    layout = LAYOUTS["interleaved-5"]
+    query, (seq_ids, valid_lens, lens) = sequences.query("cuda"), sequences.rows("cuda")
+    views = [sequences.view(layout, rank, ranks, "cuda") for rank in range(ranks)]
+    out = torch.full((len(seq_ids), top_k), -9, dtype=torch.int32, device="cuda")
+    scores_out = torch.full_like(out, 9, dtype=torch.float32)
+
+    def step() -> None:
+        parts = []
+        for rank, view in enumerate(views):
+            shard = layout(rank, ranks, lens)
+            indices, scores = score_topk(
+                *query,
+                view,
+                top_k=top_k,
+                valid_lens=shard.local_valid_lens(valid_lens),
+                seq_ids=seq_ids,
+                return_scores=True,
+            )
+            parts.append((shard.global_indices(indices), scores))
+        candidates = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        merge_topk(*candidates, top_k=top_k, group=group if ranks == 1 else None, out=out, scores_out=scores_out)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    for shorter in (0, 3, 500):
+        queries = tuple((seq_id, max(length - shorter, 0)) for seq_id, length in sequences.queries)
+        other = Sequences(sequences.format, distinct_keys=sequences.distinct_keys, queries=queries)
+        valid_lens.copy_(other.rows("cuda")[1])
+        out.fill_(-9)
+        graph.replay()
+        assert_same((out, scores_out), other.whole(top_k, "cuda"), f"{shorter} entries shorter")
