@@ -6,7 +6,12 @@ Processes talk over gloo. One group of each size runs every case; each rank must
 import datetime
 import functools
 import itertools
+import json
 import multiprocessing
+import os
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +25,16 @@ from hypothesis import strategies as st
 from sharded import CASES, LAYOUTS
 from torch import Tensor
 
-from lightning_indexer import ContiguousShard, IndexerView, InterleavedShard, merge_topk, score_topk
+from lightning_indexer import (
+    CacheSchema,
+    ContiguousShard,
+    IndexerView,
+    InterleavedShard,
+    PagedPool,
+    append_entries,
+    merge_topk,
+    score_topk,
+)
 from lightning_indexer.ops.shard import INT32_MAX, Shard
 
 ROOT = Path(__file__).parent.parent
@@ -234,3 +248,57 @@ def test_every_rank_gets_the_selection_of_the_whole(ranks: int, tmp_path: Path) 
         assert len(results) == len(PROCESS_CASES) * len(LAYOUTS) * len(TOP_KS) + 1
         for (case, layout, top_k), got in results.items():
             assert_whole(got, case, top_k, f"{layout}, rank {rank} of {ranks}")
+
+
+# --- the guide and the benchmark --------------------------------------------------------------------------------
+
+
+def torchrun(script: Path, *arguments: str) -> str:
+    """What a script prints on two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_guide_does_what_it_says(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/context-parallel.md").read_text("utf-8"), re.DOTALL)
+    assert len(blocks) == 1
+    script = tmp_path / "example.py"
+    script.write_text(
+        f"{blocks[0]}\ntorch.save((q, weights, lens, indices, scores), f'{tmp_path}/{{dist.get_rank()}}')"
+    )
+    torchrun(script)
+    torch.manual_seed(0)
+    pool = PagedPool(CacheSchema("mxfp4", 64), num_blocks=1024, max_seqs=1)
+    keys = IndexerView(pool.storage, pool.schema, pool.block_table)
+    append_entries(torch.randn(50_000, 128), keys, pool.alloc(0, 50_000))
+    for rank in (0, 1):
+        q, weights, lens, *got = torch.load(tmp_path / str(rank), weights_only=False)
+        options = {"top_k": 512, "valid_lens": lens, "seq_ids": torch.zeros_like(lens), "order": "score"}
+        want = score_topk(q, weights, keys, **options, return_scores=True)
+        for name, g, w in zip(("indices", "scores"), got, want, strict=True):
+            assert_same_bits(g, w, f"{name} of rank {rank}")
+
+
+def test_benchmark_checks_and_times(tmp_path: Path) -> None:
+    output = tmp_path / "lines.jsonl"
+    arguments = ("--quick", "--device", "cpu", "--repeats", "2", "--output", str(output))
+    printed = torchrun(ROOT / "benchmarks/context_parallel.py", *arguments)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    layouts = {record["layout"]: record["local_entries"] for record in records if record["num_seqs"] == 1}
+    assert layouts == {
+        "contiguous": [3000, 3000],
+        "contiguous-uneven": [2000, 4000],
+        "contiguous-first-empty": [0, 6000],
+        "round-robin": [3000, 3000],
+        "interleaved-64": [3008, 2992],
+    }
+    assert len(records) == 10 and all(f"{record['case']} {record['layout']}" in printed for record in records)
+    for record in records:
+        assert (record["world_size"], record["backend"], record["device"] != "") == (2, "gloo", True)
+        assert list(record["eager_us"]) == ["whole", "local", "exchange", "merge", "together"]
+        assert all(spread["median"] > 0 and spread["repeats"] == 2 for spread in record["eager_us"].values())

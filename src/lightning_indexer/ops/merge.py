@@ -7,9 +7,8 @@ from torch import Tensor
 from lightning_indexer.checks import check_tensor
 from lightning_indexer.selection import EMPTY, candidate_keys, key_indices, key_scores
 
-_all_gather = (
-    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-)  # newer torch deprecates the latter
+# Newer torch has the first and warns about the second.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @torch.no_grad()
@@ -71,5 +70,5 @@ def _gather(keys: Tensor, group: dist.ProcessGroup) -> Tensor:
     """All ranks' keys [T, C] side by side: [T, ranks * C]."""
     ranks, (num_tokens, width) = dist.get_world_size(group), keys.shape
     gathered = keys.new_empty(ranks * num_tokens, width)
-    _all_gather(gathered, keys.contiguous(), group=group)
+    all_gather_single(gathered, keys.contiguous(), group=group)
     return gathered.view(ranks, num_tokens, width).transpose(0, 1).flatten(1)

@@ -81,7 +81,7 @@ class Gpu:
     def capture(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
         """A graph of one call."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog goes on querying events
             run()
         return graph
 
