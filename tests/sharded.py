@@ -132,7 +132,7 @@ class Sequences:
 
 CASES = {
     "mxfp4": Sequences("mxfp4"),
-    "fp8": Sequences("fp8"),
+    "fp8-plateaus": Sequences("fp8", distinct_keys=4),
     "mxfp4-plateaus": Sequences("mxfp4", distinct_keys=4),
     "bf16-all-equal": Sequences("bf16", distinct_keys=1),
 }

@@ -39,7 +39,7 @@ from lightning_indexer.ops.shard import INT32_MAX, Shard
 
 ROOT = Path(__file__).parent.parent
 TOP_KS = [1, 16, 300]  # 300 is more than any sequence has
-PROCESS_CASES = ["mxfp4", "fp8", "mxfp4-plateaus"]
+PROCESS_CASES = ["mxfp4", "fp8-plateaus"]
 SECONDS = 100  # until a process that hangs is given up
 
 
@@ -154,7 +154,7 @@ def test_three_shards_merged_here(case: str, layout: str) -> None:
 
 def test_plateaus_lie_across_shards() -> None:
     """Or ties would not be tested: the k-th and the (k+1)-th best of the longest row have equal scores."""
-    for case in ("mxfp4-plateaus", "bf16-all-equal"):
+    for case in ("fp8-plateaus", "mxfp4-plateaus", "bf16-all-equal"):
         scores = whole(case, 300)[1][0]
         assert scores[15] == scores[16], scores[:20]
         assert whole(case, 300)[0][0, 15] // 16 != whole(case, 300)[0][0, 16 + 20] // 16, "and lie in several blocks"
@@ -181,6 +181,7 @@ def test_merge_into_given_memory() -> None:
     assert got[0].data_ptr() == out.data_ptr() and got[1].data_ptr() == scores_out.data_ptr()
     assert_whole((out[:, ::2], scores_out[:, :16]), "mxfp4", 16, "into given memory")
     assert (out[:, 1::2] == -9).all() and (scores_out[:, 16:] == 9).all(), "memory beside it was written"
+    assert_whole(merge_topk(indices, scores, top_k=16, impl="reference"), "mxfp4", 16, "by the reference")
     again = merge_topk(indices, scores, top_k=16, out=indices, scores_out=scores)
     assert_whole(again, "mxfp4", 16, "into its own input")
 
@@ -191,6 +192,7 @@ def test_merge_into_given_memory() -> None:
         ({"out": torch.zeros(1, 3, dtype=torch.int32)}, ValueError, ["out", "[1, 2]", "[1, 3]"]),
         ({"out": torch.zeros(1, 2)}, TypeError, ["out", "int32", "float32"]),
         ({"scores_out": torch.zeros(2, 2)}, ValueError, ["scores_out", "[1, 2]", "[2, 2]"]),
+        ({"impl": "cuda"}, NotImplementedError, ["impl='cuda'", "cpu", "reference"]),
     ],
 )
 def test_merge_errors(options, error, words) -> None:

@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from lightning_indexer import CacheSchema
-from lightning_indexer.cuda import append, compiler, gather, launcher, score_topk
+from lightning_indexer.cuda import append, candidates, compiler, gather, launcher, score_topk
 from lightning_indexer.cuda.compiler import KERNEL_FOLDER, Binary, CompileError, Specialisation
 from lightning_indexer.cuda.environment import Environment
 from lightning_indexer.cuda.store import Store, content_key
@@ -95,6 +95,13 @@ def test_compiles_for_other_architectures(arch: str) -> None:
     for schema in (CacheSchema("mxfp4"), CacheSchema("fp8_ds_mla")):
         for specialisation, binary in compile_all(specialisations(schema, arch)):
             assert binary.spill_bytes == 0, specialisation
+
+
+@pytest.mark.usefixtures("cuda_wheels")
+@pytest.mark.parametrize("arch", [*ARCHS, "sm_89", "sm_120"])
+def test_candidate_kernels_compile_without_spills(arch: str) -> None:
+    for specialisation, binary in compile_all(candidates.specialisations(arch)):
+        assert (binary.spill_bytes, binary.stack_bytes) == (0, 0), f"{specialisation}: {binary}"
 
 
 @pytest.mark.usefixtures("cuda_wheels")
@@ -392,8 +399,10 @@ def test_kernels_include_only_files_beside_them(tmp_path: Path) -> None:
         (gather.PARAMETERS, "gather.cu", "gather_kv"),
         (score_topk.SCORE_PARAMETERS, "score.cu", "score_topk"),
         (score_topk.MERGE_PARAMETERS, "merge.cu", "merge_topk"),
+        (candidates.PACK_PARAMETERS, "candidates.cu", "pack_candidates"),
+        (candidates.MERGE_PARAMETERS, "candidates.cu", "merge_candidates"),
     ],
-    ids=["append", "gather", "score", "merge"],
+    ids=["append", "gather", "score", "merge", "pack-candidates", "merge-candidates"],
 )
 def test_parameters_are_those_of_the_kernel(parameters: Mapping[str, str], source: str, kernel: str) -> None:
     text = (KERNEL_FOLDER / source).read_text()

@@ -24,6 +24,7 @@ import kernel_cases  # noqa: E402
 from cases import POISON, Problem, check_scores, make_problem  # noqa: E402
 from engines import ENGINES, Engine, promised_error, workspace_bytes  # noqa: E402
 
+from lightning_indexer import merge_topk  # noqa: E402
 from lightning_indexer.cuda import append, gather  # noqa: E402
 
 DEVICE = "cuda"
@@ -71,6 +72,16 @@ def gather_case(layout: kernel_cases.Layout) -> None:
     kernel_cases.assert_same_rows(out, case.expected(), "gather")
 
 
+def merge_case(width: int, top_k: int) -> None:
+    """Of three shards' candidates, some missing, with ties."""
+    indices = torch.stack([torch.randperm(3 * width) for _ in range(3)]).int()
+    indices[torch.rand(indices.shape) < 0.1] = -1
+    scores = torch.randint(-9, 9, indices.shape).float()
+    got = merge_topk(indices.to(DEVICE), scores.to(DEVICE), top_k=top_k)
+    for g, w in zip(got, merge_topk(indices, scores, top_k=top_k), strict=True):
+        assert torch.equal(g.cpu(), w), f"merge of 3 x {width}, k = {top_k}"
+
+
 def storage_on_gpu(case: kernel_cases.GatherCase) -> torch.Tensor:
     """The storage of a case on the GPU, blocks as far apart."""
     storage, stride = case.view.storage, case.layout.schema.stride
@@ -107,6 +118,8 @@ def all_cases() -> dict[str, Callable[[], None]]:
         found[f"append-{layout}"] = lambda layout=layout: append_case(layout)
     for layout in kernel_cases.KV_LAYOUTS:
         found[f"gather-{layout}"] = lambda layout=layout: gather_case(layout)
+    for width, top_k in ((40, 100), (512, 512), (4096, 2048)):
+        found[f"merge-3x{width}-k{top_k}"] = lambda width=width, top_k=top_k: merge_case(width, top_k)
     for name, engine in ENGINES.items():
         chosen = [(key, operands, shape) for key, operands in FORMATS.items() for shape in SHAPES]
         chosen += [

@@ -61,6 +61,36 @@ def test_shards_of_two_ranks_merged_on_one_device(case: str, layout: str) -> Non
         assert_same(got, CASES[case].whole(top_k, "cuda"), f"{case}, {layout}, k = {top_k}")
 
 
+@pytest.mark.parametrize(
+    ("width", "top_k"),
+    [(0, 3), (1, 1), (40, 300), (512, 512), (4096, 512), (8192, 1024), (16_384, 2048), (20_000, 4096)],
+)
+def test_the_kernels_merge_as_torch_does(width: int, top_k: int) -> None:
+    """Candidates of three shards side by side, in strided memory: ties, NaN, infinities, and some that are missing."""
+    values = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1.5, 1.5 + 2**-23], device="cuda")
+    for draw in (torch.randn(5, width, device="cuda"), values[torch.randint(0, 7, (5, width), device="cuda")]):
+        indices = torch.stack([torch.randperm(width, device="cuda") for _ in range(5)]).int()
+        indices[torch.rand(5, width, device="cuda") < 0.2] = -1
+        out = torch.full((5, 2 * top_k), -7, dtype=torch.int32, device="cuda")
+        scores_out = torch.full((5, top_k + 1), 7.0, device="cuda")
+        by_column = [x.t().contiguous().t() for x in (indices, draw)]
+        merge_topk(*by_column, top_k=top_k, out=out[:, ::2], scores_out=scores_out[:, :top_k])
+        want = merge_topk(indices, draw, top_k=top_k, impl="reference")
+        assert_same((out[:, ::2], scores_out[:, :top_k]), want, f"{width} candidates, k = {top_k}")
+        assert_same(merge_topk(indices.cpu(), draw.cpu(), top_k=top_k), want, "on a CPU")
+        assert (out[:, 1::2] == -7).all() and (scores_out[:, top_k] == 7).all(), "written beside the outputs"
+
+
+def test_more_than_the_kernel_keeps() -> None:
+    indices, scores = (
+        torch.arange(5000, dtype=torch.int32, device="cuda").unsqueeze(0),
+        torch.ones(1, 5000, device="cuda"),
+    )
+    with pytest.raises(NotImplementedError, match="merge_topk: on a GPU top_k must be at most 4096, got 5000"):
+        merge_topk(indices, scores, top_k=5000)
+    assert torch.equal(merge_topk(indices, scores, top_k=5000, impl="reference")[0], indices)
+
+
 @pytest.mark.parametrize("top_k", TOP_KS)
 @pytest.mark.parametrize("case", CASES)
 def test_nccl(case: str, top_k: int, group: dist.ProcessGroup) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lightning_indexer.cache.schema import CacheSchema
-from lightning_indexer.cuda import append, gather, score_topk
+from lightning_indexer.cuda import append, candidates, gather, score_topk
 from lightning_indexer.cuda.compiler import CompileError, Specialisation, build, cache_key, check_compiler_knows
 from lightning_indexer.cuda.launcher import device_arch
 from lightning_indexer.cuda.score_topk import INDEX_FORMATS
@@ -85,6 +85,7 @@ def fill(wanted: Sequence[Specialisation], store: Store, *, jobs: int, advance: 
 
 
 def _kernels(index: list[CacheSchema], kv: list[CacheSchema], arch: str) -> Iterator[Specialisation]:
+    yield from candidates.specialisations(arch)
     for schema in index:
         schema.check_index()
         yield from append.specialisations(schema, arch)

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_indexer.checks import check_tensor
+from lightning_indexer.checks import check_tensor, choose_impl
 from lightning_indexer.selection import EMPTY, candidate_keys, key_indices, key_scores
 
 # Newer torch has the first and warns about the second.
@@ -20,6 +20,7 @@ def merge_topk(
     group: dist.ProcessGroup | None = None,
     out: Tensor | None = None,
     scores_out: Tensor | None = None,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The `top_k` best of all candidates, by the rules of `score_topk`: ties to the smaller index.
 
@@ -31,14 +32,16 @@ def merge_topk(
     before, so that the group's communicator exists).
 
     Args:
-        indices: int32 [T, C] global entry indices, in any order, -1 for none. `InterleavedShard` and `ContiguousShard`
-            make them from a rank's own. Without a group, C may hold several shards' candidates side by side. With a
-            group, T and C are the same on all ranks: a rank that holds fewer entries, or none, pads with -1.
+        indices: int32 [T, C] global entry indices, in any order, none twice, -1 for none. `InterleavedShard` and
+            `ContiguousShard` make them from a rank's own. Without a group, C may hold several shards' candidates side
+            by side. With a group, T and C are the same on all ranks: a rank that holds fewer entries, or none, pads
+            with -1.
         scores: fp32 [T, C], as `score_topk(..., return_scores=True)` gives them.
-        top_k: at least 1; may exceed the number of candidates.
+        top_k: at least 1 (with "cuda" at most 4096); may exceed the number of candidates.
         group: a `torch.distributed` process group; each rank passes its own candidates and gets the same result.
             8 bytes are exchanged per candidate. None: no exchange (not the default group).
         out: int32 [T, top_k] and scores_out: fp32 [T, top_k], written in place; new tensors by default.
+        impl: "auto", "cpu", "cuda" (two kernels and the exchange) or "reference" (torch operators, on any device).
     Returns:
         indices: int32 [T, top_k], ordered by score (descending, ties by index), -1 where there are fewer.
         scores: fp32 [T, top_k], -inf there.
@@ -46,6 +49,7 @@ def merge_topk(
     op = "merge_topk"
     check_tensor(op, "indices", indices, dtype=torch.int32, shape=("T", "C"))
     check_tensor(op, "scores", scores, dtype=torch.float32, shape=tuple(indices.shape), device=indices.device)
+    impl = choose_impl(op, impl, indices.device, has_cuda=True)
     if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
         raise ValueError(f"{op}: top_k must be an int of at least 1, got {top_k!r}")
     for name, tensor, dtype in (("out", out, torch.int32), ("scores_out", scores_out, torch.float32)):
@@ -53,22 +57,36 @@ def merge_topk(
             check_tensor(op, name, tensor, dtype=dtype, shape=(len(indices), top_k), device=indices.device)
     if group is not None and dist.get_world_size(group) < 1:
         raise ValueError(f"{op}: group must contain this process, got one that does not")
-    keys = torch.where(indices < 0, EMPTY, candidate_keys(scores, indices.long()))
-    if group is not None:
-        keys = _gather(keys, group)
+    shape, device = (len(indices), top_k), indices.device
+    out = torch.empty(shape, dtype=torch.int32, device=device) if out is None else out
+    scores_out = torch.empty(shape, dtype=torch.float32, device=device) if scores_out is None else scores_out
+    if impl == "cuda":
+        from lightning_indexer.cuda import candidates
+
+        candidates.check_top_k(op, top_k)
+        keys = _exchange(candidates.pack_candidates(indices, scores), group)
+        candidates.merge_candidates(keys, out, scores_out)
+    else:
+        keys = torch.where(indices < 0, EMPTY, candidate_keys(scores, indices.long()))
+        _merge(_exchange(keys, group), out, scores_out)
+    return out, scores_out
+
+
+def _exchange(keys: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """All ranks' keys [T, C], one after the other: [ranks, T, C]."""
+    keys = keys.contiguous()
+    if group is None:
+        return keys.unsqueeze(0)
+    ranks, (num_tokens, width) = dist.get_world_size(group), keys.shape
+    gathered = keys.new_empty(ranks * num_tokens, width)
+    all_gather_single(gathered, keys, group=group)
+    return gathered.view(ranks, num_tokens, width)
+
+
+def _merge(keys: Tensor, out: Tensor, scores_out: Tensor) -> None:
+    keys, top_k = keys.transpose(0, 1).flatten(1), out.shape[1]
     if keys.shape[1] < top_k:
         keys = torch.nn.functional.pad(keys, (0, top_k - keys.shape[1]), value=EMPTY)
     best = keys.topk(top_k, dim=1).values
-    best_indices, best_scores = key_indices(best), key_scores(best)
-    return (
-        best_indices if out is None else out.copy_(best_indices),
-        best_scores if scores_out is None else scores_out.copy_(best_scores),
-    )
-
-
-def _gather(keys: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All ranks' keys [T, C] side by side: [T, ranks * C]."""
-    ranks, (num_tokens, width) = dist.get_world_size(group), keys.shape
-    gathered = keys.new_empty(ranks * num_tokens, width)
-    all_gather_single(gathered, keys.contiguous(), group=group)
-    return gathered.view(ranks, num_tokens, width).transpose(0, 1).flatten(1)
+    out.copy_(key_indices(best))
+    scores_out.copy_(key_scores(best))
