@@ -32,6 +32,8 @@ ALLOWED = {
     "cache.handle": ("cache.", "checks", "config", "ops.append"),
     "nn.": ("cache.", "checks", "config", "formats", "nn.", "ops.", "precision", "query", "rotary"),
     "checkpoint": ("config", "formats"),
+    "integrations": (),
+    "integrations.engines": ("cache.schema", "cache.view", "checks", "ops.score_topk", "query"),
 }
 ALLOWED_LAZILY = {"ops.": ("cpu.", "cuda.")}  # inside a function: an implementation is loaded when it is used
 APPLICATIONS = ("__main__", "cli", "doctor", "demo.", "bench.", "__init__", "")  # may use everything
