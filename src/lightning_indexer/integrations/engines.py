@@ -5,6 +5,7 @@ where they lie: none is converted or copied, nothing waits for the device, and a
 docs/engines.md goes through the engines one by one.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from lightning_indexer.ops.score_topk import index_scores, score_topk
 from lightning_indexer.query import QuantizedQuery
 
 EngineQuery = Tensor | tuple[Tensor, Tensor | None]
+_layout = functools.lru_cache(CacheSchema)  # an engine has a few layouts and calls often
 
 
 def paged_mqa_topk(
@@ -236,7 +238,7 @@ def _view(
 
 def _schema(op: str, kv_cache: Tensor, head_dim: int) -> CacheSchema:
     """The layout of `kv_cache`, after checking that it is one."""
-    records = {CacheSchema(name, head_dim=head_dim).bytes_per_entry: name for name in ("mxfp4", "fp8")}
+    records = {_layout(name, head_dim=head_dim).bytes_per_entry: name for name in ("mxfp4", "fp8")}
     if isinstance(kv_cache, Tensor) and kv_cache.ndim in (2, 3):
         remedy = "unsqueeze(2)" if kv_cache.ndim == 3 else "unflatten(1, (block_size, 1, record))"
         raise ValueError(
@@ -253,7 +255,7 @@ def _schema(op: str, kv_cache: Tensor, head_dim: int) -> CacheSchema:
     if num_blocks and not kv_cache[0].is_contiguous():
         raise ValueError(f"{op}: kv_cache must have pages of contiguous bytes, got strides {strides}")
     try:
-        return CacheSchema(records[record], block_size, strides[0] if num_blocks > 1 else None, head_dim)
+        return _layout(records[record], block_size, strides[0] if num_blocks > 1 else None, head_dim)
     except ValueError as error:
         shape_came = f"{list(kv_cache.shape)} with strides {strides}"
         raise ValueError(f"{op}: kv_cache {shape_came} cannot be read in place ({error})") from None
