@@ -223,15 +223,15 @@ def rope_at_last_token(monkeypatch):
 
 
 def sees_one_entry_more(monkeypatch):
-    right = LayerCacheHandle._make_step
+    right = LayerCacheHandle.begin_step
 
     def wrong(self, *args):
         step = right(self, *args)
         later = step.valid_lens + ((step.positions + 2) // 4 - (step.positions + 1) // 4).int()
         have = torch.tensor([self._entries(self._num_tokens[int(s)]) for s in step.seq_ids], dtype=torch.int32)
-        return replace(step, valid_lens=torch.minimum(later, have))
+        self.step = replace(step, valid_lens=torch.minimum(later, have))
 
-    monkeypatch.setattr(LayerCacheHandle, "_make_step", wrong)
+    monkeypatch.setattr(LayerCacheHandle, "begin_step", wrong)
 
 
 def window_one_short(monkeypatch):

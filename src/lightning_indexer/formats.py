@@ -16,6 +16,8 @@ the business of `cache/schema.py`.
 Non-finite input makes the whole scale group NaN, so that it stays visible.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -141,7 +143,7 @@ def check_entry_dim(format: str, dim: int) -> None:
 
 def e2m1_encode(x: Tensor, *, rounding: str = "nearest_even") -> Tensor:
     """4-bit codes (uint8, 0..15, bit 3 = sign) of x, saturating at 6. NaN gives code 0: its scale must carry it."""
-    bounds = torch.tensor(_E2M1_BOUNDS[rounding], dtype=torch.float32, device=x.device)
+    bounds = _constants(_E2M1_BOUNDS[rounding], x.device)
     magnitude = x.float().abs().nan_to_num(0.0, posinf=E2M1_MAX).contiguous()
     code = torch.bucketize(magnitude, bounds, out_int32=True).to(torch.uint8)
     sign = torch.signbit(x)
@@ -152,8 +154,7 @@ def e2m1_encode(x: Tensor, *, rounding: str = "nearest_even") -> Tensor:
 
 def e2m1_decode(codes: Tensor) -> Tensor:
     """fp32 values of 4-bit codes (uint8, 0..15)."""
-    table = torch.tensor(E2M1_VALUES + tuple(-v for v in E2M1_VALUES), dtype=torch.float32, device=codes.device)
-    return table[codes.int()]
+    return _constants(E2M1_VALUES + tuple(-v for v in E2M1_VALUES), codes.device)[codes.int()]
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -178,6 +179,12 @@ def _tie_bounds(rounding: str) -> tuple[float, ...]:
 
 
 _E2M1_BOUNDS = {rounding: _tie_bounds(rounding) for rounding in ROUNDINGS}
+
+
+@functools.cache
+def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """fp32 numbers on a device, put there once: each time would wait for it."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 # --- E4M3 and UE8M0 -------------------------------------------------------------------------------------------

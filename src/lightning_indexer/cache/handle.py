@@ -2,11 +2,11 @@
 
 A step is a ragged batch: for each of some sequences, its next `n` tokens. `begin_step` says which, reserves the slots
 of the entries that these tokens complete, and works out everything that the layer needs to know about positions; it
-either does all of that or raises and changes nothing.
+either does all of that or raises and changes nothing. Neither it nor the layer waits for a GPU.
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,36 +14,11 @@ from torch import Tensor
 
 from lightning_indexer.cache.pool import PagedPool
 from lightning_indexer.cache.schema import CacheSchema
+from lightning_indexer.cache.step import Step, StepBuffer
 from lightning_indexer.cache.view import IndexerView, KVView
 from lightning_indexer.checks import check_choice
 from lightning_indexer.config import CSA_RATIO, DSV4Config
 from lightning_indexer.ops.append import append_entries
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """Where the T tokens of a step stand. Tokens of one sequence are adjacent and in order.
-
-    positions: int64 [T], absolute. seq_ids: int32 [T]. batch_rows: int64 [T], which of the step's sequences.
-    valid_lens: int32 [T], entries visible to each token. max_visible: their maximum.
-    seqs, starts, offsets: int64 [S], each sequence's id, first position in the step and first row in the batch.
-    entry_rows, entry_indices: int64 [E], batch row and index of each entry completed in this step.
-    """
-
-    positions: Tensor
-    seq_ids: Tensor
-    batch_rows: Tensor
-    valid_lens: Tensor
-    max_visible: int
-    seqs: Tensor
-    starts: Tensor
-    offsets: Tensor
-    entry_rows: Tensor
-    entry_indices: Tensor
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.positions)
 
 
 class TokenRing:
@@ -78,12 +53,19 @@ class TokenRing:
 
     def update(self, step: Step, chunk: Tensor) -> None:
         """Keep the last `size` of each sequence's tokens, the step's included."""
-        last = torch.full_like(step.starts, -1).scatter_reduce_(0, step.batch_rows, step.positions, "amax")
-        kept = step.positions > last[step.batch_rows] - self.size
+        kept = self._kept(step)
         self.rows[step.seq_ids[kept].long(), step.positions[kept] % self.size] = chunk[kept].to(self.rows.dtype)
 
     def copy(self, src: int, dst: int) -> None:
         self.rows[dst] = self.rows[src]
+
+    def _kept(self, step: Step) -> slice | Tensor:
+        """Rows of the step's tokens that stay, told from its counts."""
+        if max(step.counts, default=0) <= self.size:
+            return slice(None)
+        ends = zip(itertools.accumulate(step.counts), step.counts, strict=True)
+        rows = [torch.arange(end - min(n, self.size), end, device=self.rows.device) for end, n in ends]
+        return torch.cat(rows)
 
 
 class LayerCacheHandle:
@@ -121,11 +103,11 @@ class LayerCacheHandle:
         self.compress_ratio = config.layer_compress_ratio(layer)
         self.kv_format = kv_format
         self.step: Step | None = None
-        self._device = device
+        self._device = torch.device(device)
         self._max_seqs = max_seqs
         self._num_tokens: dict[int, int] = {}
-        self._kv_slots: Tensor | None = None
-        self._index_slots: Tensor | None = None
+        self._slots: dict[str, Tensor] = {}
+        self._static: dict[tuple[int, ...], StepBuffer] = {}
 
         def pool(format: str, head_dim: int) -> PagedPool:
             schema = CacheSchema(format, entries_per_block, head_dim=head_dim)
@@ -163,14 +145,14 @@ class LayerCacheHandle:
             raise ValueError(f"LayerCacheHandle: seq_id must lie in 0..{self._max_seqs - 1}, got {seq_id}")
         if seq_id in self._num_tokens:
             raise ValueError(f"LayerCacheHandle: sequence {seq_id} is already allocated (free it first)")
-        for pool in self._pools():
+        for pool in self._pools().values():
             pool.alloc(seq_id)
         self._num_tokens[seq_id] = 0
 
     def free(self, seq_id: int) -> None:
         """Forget a sequence and release its blocks."""
         self._check_known(seq_id)
-        for pool in self._pools():
+        for pool in self._pools().values():
             pool.free(seq_id)
         del self._num_tokens[seq_id]
 
@@ -181,7 +163,7 @@ class LayerCacheHandle:
             raise ValueError(f"LayerCacheHandle: dst must be free and in 0..{self._max_seqs - 1}, got {dst}")
         forked: list[PagedPool] = []
         try:
-            for pool in self._pools():
+            for pool in self._pools().values():
                 pool.fork(src, dst)
                 forked.append(pool)
         except Exception:
@@ -193,11 +175,18 @@ class LayerCacheHandle:
                 ring.copy(src, dst)
         self._num_tokens[dst] = self._num_tokens[src]
 
-    def begin_step(self, seq_ids: Sequence[int], num_tokens: Sequence[int]) -> Step:
+    def begin_step(self, seq_ids: Sequence[int], num_tokens: Sequence[int], *, static: bool = False) -> Step:
         """Announce the next `num_tokens[i]` tokens of sequence `seq_ids[i]`; their rows come in this order.
 
         The layer has to be run on them before the next step begins: nobody else fills the slots reserved here.
 
+        A CUDA graph of the layer is captured on a static step and replayed after each later one of the same
+        `num_tokens`, begun outside the capture. Steps of one token per sequence may be run again, as to warm up:
+        the same rows are written. A longer one may not: it overwrites tokens that its first tokens look back to.
+
+        Args:
+            static: write over the last static step with the same `num_tokens`, in the same memory, and let HCA attend
+                to as many rows as the block table can address (most of them masked), not to those visible now.
         Raises:
             OutOfBlocks: the entries that these tokens complete do not fit. Nothing was changed.
         """
@@ -208,28 +197,31 @@ class LayerCacheHandle:
             if count < 0:
                 raise ValueError(f"begin_step: num_tokens of sequence {seq_id} must not be negative, got {count}")
         starts = [self._num_tokens[seq_id] for seq_id in seq_ids]
-        completed = [self._entries(s + n) - self._entries(s) for s, n in zip(starts, num_tokens, strict=True)]
-        for pool in self._pools():
+        ends = [start + count for start, count in zip(starts, num_tokens, strict=True)]
+        completed = [self._entries(end) - self._entries(start) for start, end in zip(starts, ends, strict=True)]
+        for pool in self._pools().values():
             pool.check_extend(seq_ids, completed)
-        # both pools hold the same entries, allocated in the same order, but may give them different slots
-        self._kv_slots = None if self.kv_pool is None else self.kv_pool.extend(seq_ids, completed)
-        self._index_slots = None if self.index_pool is None else self.index_pool.extend(seq_ids, completed)
-        for seq_id, count in zip(seq_ids, num_tokens, strict=True):
-            self._num_tokens[seq_id] += count
-        self.step = self._make_step(list(seq_ids), starts, list(num_tokens), completed)
+        visible = self._entries(max(ends, default=0))
+        buffer = self._static_buffer(num_tokens) if static else self._buffer(num_tokens, visible)
+        # all pools hold the same entries, allocated in the same order, but may give them different slots
+        buffer.write(seq_ids, starts, {name: pool.reserve(seq_ids, completed) for name, pool in self._pools().items()})
+        self._num_tokens.update(zip(seq_ids, ends, strict=True))
+        self.step, self._slots = buffer.step, buffer.slots
         return self.step
 
     def append(self, entries: Tensor, kind: Literal["index", "kv"]) -> None:
-        """Write the entries [E, D] that the step completed, in the step's order, into the index or the KV pool."""
+        """Write the entries [E, D] of the step, in the order of `entry_rows`, into the index or the KV pool.
+
+        Rows of no entry may hold anything and go nowhere.
+        """
         step = self.require_step()
         check_choice("append", "kind", kind, ("index", "kv"))
-        slots = self._index_slots if kind == "index" else self._kv_slots
-        if slots is None:
+        if kind not in self._slots:
             raise ValueError(f"LayerCacheHandle: layer {self.layer} is {self.kind} and has no {kind!r} pool")
-        if len(entries) != len(step.entry_indices):
-            raise ValueError(f"append: the step completes {len(step.entry_indices)} entries, got {len(entries)}")
+        if len(entries) != len(step.entry_rows):
+            raise ValueError(f"append: entries must have {len(step.entry_rows)} rows for this step, got {len(entries)}")
         view = self.read_indexer_view() if kind == "index" else self.read_kv_view()
-        append_entries(entries, view, slots)
+        append_entries(entries, view, self._slots[kind])
 
     def read_indexer_view(self) -> IndexerView:
         """The paged index keys, as `score_topk` reads them."""
@@ -247,41 +239,31 @@ class LayerCacheHandle:
         """The step in progress."""
         if self.step is None:
             raise RuntimeError("LayerCacheHandle: no step in progress (call begin_step first)")
+        if self._device.type == "cuda" and not self.step.is_static and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("LayerCacheHandle: a CUDA graph needs a static step (use begin_step(..., static=True))")
         return self.step
 
-    def _make_step(self, seq_ids: list[int], starts: list[int], counts: list[int], completed: list[int]) -> Step:
-        device = self._device
-        seqs, first, num = (torch.tensor(v, dtype=torch.int64, device=device) for v in (seq_ids, starts, counts))
-        entries = torch.tensor(completed, dtype=torch.int64, device=device)
-        rows = torch.arange(len(seq_ids), device=device)
-        batch_rows, entry_rows = rows.repeat_interleave(num), rows.repeat_interleave(entries)
-        offsets, entry_offsets = num.cumsum(0) - num, entries.cumsum(0) - entries
-        ahead = torch.arange(len(batch_rows), device=device) - offsets[batch_rows]
-        entry_ahead = torch.arange(len(entry_rows), device=device) - entry_offsets[entry_rows]
-        positions = first[batch_rows] + ahead
-        visible = (positions + 1) // self.compress_ratio if self.compress_ratio else torch.zeros_like(positions)
-        ends = (s + n for s, n in zip(starts, counts, strict=True))
-        return Step(
-            positions=positions,
-            seq_ids=seqs[batch_rows].to(torch.int32),
-            batch_rows=batch_rows,
-            valid_lens=visible.to(torch.int32),
-            max_visible=max((self._entries(end) for end in ends), default=0),
-            seqs=seqs,
-            starts=first,
-            offsets=offsets,
-            entry_rows=entry_rows,
-            entry_indices=self._entries_before(first)[entry_rows] + entry_ahead,
+    def _static_buffer(self, counts: Sequence[int]) -> StepBuffer:
+        """The memory that all static steps of these counts share."""
+        key = tuple(counts)
+        if key not in self._static:
+            most = 0 if self.kind == "SWA" else self.paged.block_table.shape[1] * self.paged.schema.entries_per_block
+            self._static[key] = self._buffer(key, most, is_static=True)
+        return self._static[key]
+
+    def _buffer(self, counts: Sequence[int], max_visible: int, *, is_static: bool = False) -> StepBuffer:
+        pools, device = tuple(self._pools()), self._device
+        return StepBuffer(
+            counts, self.compress_ratio, pools, max_visible=max_visible, is_static=is_static, device=device
         )
 
     def _entries(self, num_tokens: int) -> int:
         return num_tokens // self.compress_ratio if self.compress_ratio else 0
 
-    def _entries_before(self, positions: Tensor) -> Tensor:
-        return positions // self.compress_ratio if self.compress_ratio else torch.zeros_like(positions)
-
-    def _pools(self) -> list[PagedPool]:
-        return [pool for pool in (self.kv_pool, self.index_pool) if pool is not None]
+    def _pools(self) -> dict[str, PagedPool]:
+        """By the names that `append` knows them by."""
+        named = {"kv": self.kv_pool, "index": self.index_pool}
+        return {name: pool for name, pool in named.items() if pool is not None}
 
     def _check_known(self, seq_id: int) -> None:
         if seq_id not in self._num_tokens:

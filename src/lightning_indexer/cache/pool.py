@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_indexer.cache.schema import CacheSchema
+from lightning_indexer.cache.transfer import write_from_host
 
 
 class OutOfBlocks(RuntimeError):
@@ -17,7 +18,7 @@ class PagedPool:
 
     Sequences are the rows 0..max_seqs-1 of `block_table` (int32 [max_seqs, max_blocks_per_seq]). A block may belong
     to several sequences after `fork`; such a block is full, so nobody writes to it again, and it is released by its
-    last owner. Every call either does the whole of its work or raises and changes nothing.
+    last owner. Every call either does the whole of its work or raises and changes nothing; none waits for a GPU.
     """
 
     def __init__(
@@ -76,9 +77,19 @@ class PagedPool:
         Raises:
             OutOfBlocks: the pool, or a row of the block table, is too small.
         """
+        slots = self.reserve(seq_ids, num_entries)
+        on_device = torch.empty_like(slots, device=self.storage.device)
+        write_from_host(on_device, slots)
+        return on_device
+
+    def reserve(self, seq_ids: Sequence[int], num_entries: Sequence[int]) -> Tensor:
+        """`extend`, for a caller who wants the slots on the host."""
         self.check_extend(seq_ids, num_entries)
-        slots = [self._extend_one(seq_id, count) for seq_id, count in zip(seq_ids, num_entries, strict=True)]
-        return torch.cat([*slots, torch.empty(0, dtype=torch.int64, device="cpu")]).to(self.storage.device)
+        slots: list[int] = []
+        for seq_id, count in zip(seq_ids, num_entries, strict=True):
+            if count:
+                slots += self._extend_one(seq_id, count)
+        return torch.tensor(slots, dtype=torch.int64, device="cpu")
 
     def check_extend(self, seq_ids: Sequence[int], num_entries: Sequence[int]) -> None:
         """Raise what `extend` would raise, and change nothing."""
@@ -130,17 +141,18 @@ class PagedPool:
         self._blocks[dst], self._lens[dst] = list(blocks), count
         self._write_table(dst, 0)
 
-    def _extend_one(self, seq_id: int, count: int) -> Tensor:
-        blocks, start = self._blocks[seq_id], self._lens[seq_id]
+    def _extend_one(self, seq_id: int, count: int) -> list[int]:
+        blocks, start, per_block = self._blocks[seq_id], self._lens[seq_id], self.schema.entries_per_block
         known = len(blocks)
         blocks += [self._take_block() for _ in range(self._blocks_for(start + count) - known)]
         self._lens[seq_id] = start + count
         self._write_table(seq_id, known)
-        entry = torch.arange(start, start + count, device="cpu")  # reckoned on the host, where the block lists are
-        per_block = self.schema.entries_per_block
-        first = start // per_block
-        table = torch.tensor(blocks[first:], dtype=torch.int64, device="cpu")
-        return table[entry // per_block - first] * per_block + entry % per_block
+        slots: list[int] = []
+        first = start // per_block * per_block  # of the first block that is written, its first entry
+        for block, entry in zip(blocks[first // per_block :], range(first, start + count, per_block), strict=True):
+            offset = (block * per_block) - entry
+            slots += range(offset + max(entry, start), offset + min(entry + per_block, start + count))
+        return slots
 
     def _take_block(self) -> int:
         block = self._free.pop()
@@ -148,8 +160,10 @@ class PagedPool:
         return block
 
     def _write_table(self, seq_id: int, first: int) -> None:
-        new = torch.tensor(self._blocks[seq_id][first:], dtype=torch.int32, device=self.block_table.device)
-        self.block_table[seq_id, first : first + len(new)] = new
+        new = self._blocks[seq_id][first:]
+        if new:
+            row = self.block_table[seq_id, first : first + len(new)]
+            write_from_host(row, torch.tensor(new, dtype=torch.int32, device="cpu"))
 
     def _blocks_for(self, num_entries: int) -> int:
         return -(-num_entries // self.schema.entries_per_block)

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_indexer.cache.handle import LayerCacheHandle, Step
+from lightning_indexer.cache.handle import LayerCacheHandle
+from lightning_indexer.cache.step import Step
 from lightning_indexer.checks import check_tensor
 from lightning_indexer.config import DSV4Config
 from lightning_indexer.formats import fake_quantize
@@ -13,7 +14,7 @@ from lightning_indexer.nn.compressor import Compressor
 from lightning_indexer.nn.csa_indexer import CSAIndexer
 from lightning_indexer.nn.linear import Linear, LoadedModule, WeightsNotLoaded, linear_for, strip
 from lightning_indexer.nn.norm import rms_norm
-from lightning_indexer.nn.rope import layer_frequencies
+from lightning_indexer.nn.rope import LayerFrequencies
 from lightning_indexer.ops.attention import sparse_attention
 from lightning_indexer.ops.gather_kv import gather_kv
 from lightning_indexer.rotary import apply_rope
@@ -32,7 +33,7 @@ class AttentionSubBlock(LoadedModule):
     def __init__(self, config: DSV4Config, layer: int) -> None:
         super().__init__()
         self.config, self.layer, self.kind = config, layer, config.layer_kind(layer)
-        self.frequencies = layer_frequencies(config, layer)
+        self.frequencies = LayerFrequencies(config, layer)
         self.compressor = None if self.kind == "SWA" else Compressor(config, layer, dim=config.head_dim)
         self.indexer = CSAIndexer(config, layer) if self.kind == "CSA" else None
         self.linears = torch.nn.ModuleDict()
@@ -101,18 +102,18 @@ class AttentionSubBlock(LoadedModule):
         indices = self._select(c_Q, x, cache)
         attended = self._attend(q, window_kv, indices, cache)
         cache.window.update(step, window_kv)
-        attended = apply_rope(attended, step.positions, self.frequencies.to(x.device), inverse=True)
+        attended = apply_rope(attended, step.positions, self.frequencies.on(x.device), inverse=True)
         return self._project(attended)
 
     def _query(self, c_Q: Tensor, step: Step) -> Tensor:
         q = self._linear("wq_b")(c_Q).unflatten(-1, (self.config.num_heads, self.config.head_dim))
         q = rms_norm(q, None, self.config.rms_norm_eps)
-        return apply_rope(q, step.positions, self.frequencies.to(q.device))
+        return apply_rope(q, step.positions, self.frequencies.on(q.device))
 
     def _window_kv(self, x: Tensor, step: Step, kv_format: str) -> Tensor:
         """[T, head_dim]: this step's raw rows, rounded as the compressed ones are where these are FP8."""
         kv = rms_norm(self._linear("wkv")(x), self.get("kv_norm"), self.config.rms_norm_eps)
-        kv = apply_rope(kv, step.positions, self.frequencies.to(x.device))
+        kv = apply_rope(kv, step.positions, self.frequencies.on(x.device))
         return fake_quantize(kv, kv_format) if kv_format == "fp8_ds_mla" else kv
 
     def _select(self, c_Q: Tensor, x: Tensor, cache: LayerCacheHandle) -> Tensor:

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_indexer.cache.handle import Step, TokenRing
+from lightning_indexer.cache.handle import TokenRing
+from lightning_indexer.cache.step import Step
 from lightning_indexer.checks import check_tensor
 from lightning_indexer.config import CSA_RATIO, DSV4Config
 from lightning_indexer.nn.linear import LoadedModule
 from lightning_indexer.nn.norm import rms_norm
-from lightning_indexer.nn.rope import layer_frequencies
+from lightning_indexer.nn.rope import LayerFrequencies
 from lightning_indexer.precision import full_float32
 from lightning_indexer.rotary import apply_rope, hadamard
 
@@ -38,7 +39,7 @@ class Compressor(LoadedModule):
         if self.compress_ratio == 0:
             raise ValueError(f"Compressor: layer {layer} is SWA and compresses nothing")
         self.windows = 2 if self.compress_ratio == CSA_RATIO else 1
-        self.frequencies = layer_frequencies(config, layer)
+        self.frequencies = LayerFrequencies(config, layer)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take `wkv.weight`, `wgate.weight` [windows * dim, hidden], `ape` [ratio, windows * dim], `norm.weight` [dim].
@@ -72,7 +73,7 @@ class Compressor(LoadedModule):
             step: where the tokens stand (`LayerCacheHandle.begin_step`).
             state: values and gates of earlier tokens; updated.
         Returns:
-            [E, dim] in x's dtype, in the order of `step.entry_rows`.
+            [E, dim] in x's dtype, in the order of `step.entry_rows`; zeros where that is -1.
         """
         values = F.linear(x.float(), self.get("wkv").float())  # [T, windows * dim]
         gates = F.linear(x.float(), self.get("wgate").float())
@@ -81,7 +82,7 @@ class Compressor(LoadedModule):
         pooled = self._pool(state.with_chunk(step, chunk), step, state)
         state.update(step, chunk)
         entries = rms_norm(pooled.to(x.dtype), self.get("norm"), self.eps)
-        entries = apply_rope(entries, step.entry_indices * self.compress_ratio, self.frequencies.to(x.device))
+        entries = apply_rope(entries, step.entry_indices * self.compress_ratio, self.frequencies.on(x.device))
         return hadamard(entries) if self.rotate else entries
 
     def _pool(self, tokens: Tensor, step: Step, state: TokenRing) -> Tensor:
@@ -89,12 +90,12 @@ class Compressor(LoadedModule):
         ratio = self.compress_ratio
         offsets = torch.arange(ratio - self.windows * ratio, ratio, device=tokens.device)
         positions = step.entry_indices.unsqueeze(1) * ratio + offsets  # [E, windows * ratio]
-        rows = state.find(step, step.entry_rows, positions)
+        rows = state.find(step, step.entry_rows.clamp_min(0), positions)
         parts = []
         for window in range(self.windows):  # the window before through the first channels, its own through the last
             channels = slice(window * self.dim, (window + 1) * self.dim)
             parts.append(tokens[:, :, channels][rows[:, window * ratio : (window + 1) * ratio]])
         values, gates = torch.cat(parts, dim=1).unbind(2)  # [E, windows * ratio, dim]
         absent = (positions < 0).unsqueeze(-1)
-        weights = gates.masked_fill(absent, -torch.inf).softmax(dim=1)
+        weights = gates.masked_fill(absent, torch.finfo(gates.dtype).min).softmax(dim=1)  # -inf alone would give NaN
         return (weights * values.masked_fill(absent, 0.0)).sum(1)

@@ -11,7 +11,7 @@ from lightning_indexer.config import DSV4Config
 from lightning_indexer.formats import QUERY_FORMATS
 from lightning_indexer.nn.compressor import Compressor
 from lightning_indexer.nn.linear import Linear, LoadedModule, Nvfp4Linear, WeightsNotLoaded, linear_for, strip
-from lightning_indexer.nn.rope import layer_frequencies
+from lightning_indexer.nn.rope import LayerFrequencies
 from lightning_indexer.ops.score_topk import score_topk
 from lightning_indexer.query import QuantizedQuery, quantize_query
 from lightning_indexer.rotary import apply_rope, hadamard
@@ -40,7 +40,7 @@ class CSAIndexer(LoadedModule):
         self.num_heads, self.head_dim = config.indexer_num_heads, config.indexer_head_dim
         self.hidden_size, self.query_compression_dim = config.hidden_size, config.query_compression_dim
         self.top_k, self.rotate = config.csa_top_k, config.indexer_hadamard
-        self.frequencies = layer_frequencies(config, layer)
+        self.frequencies = LayerFrequencies(config, layer)
         self.compressor = Compressor(config, layer, dim=self.head_dim, rotate=self.rotate)
         self.wq_b: Linear | None = None
         self.weights_proj: Linear | None = None
@@ -91,7 +91,7 @@ class CSAIndexer(LoadedModule):
             raise WeightsNotLoaded("CSAIndexer: wq_b and weights_proj are not loaded (call load_weights first)")
 
         def rotate(q: Tensor) -> Tensor:
-            q = apply_rope(q, positions, self.frequencies.to(q.device))
+            q = apply_rope(q, positions, self.frequencies.on(q.device))
             return hadamard(q) if self.rotate else q
 
         weights = self.weights_proj(h_t).float() * (self.head_dim**-0.5 * self.num_heads**-0.5)

@@ -1,5 +1,6 @@
 """The RoPE table of a layer."""
 
+import torch
 from torch import Tensor
 
 from lightning_indexer.config import DSV4Config
@@ -19,3 +20,16 @@ def layer_frequencies(config: DSV4Config, layer: int) -> Tensor:
         beta_fast=config.yarn_beta_fast,
         beta_slow=config.yarn_beta_slow,
     )
+
+
+class LayerFrequencies:
+    """`layer_frequencies` on each device that asked for them. The first time there waits for the device; none later."""
+
+    def __init__(self, config: DSV4Config, layer: int) -> None:
+        self._by_device = {torch.device("cpu"): layer_frequencies(config, layer)}
+
+    def on(self, device: torch.device) -> Tensor:
+        """fp32 [rope_head_dim / 2] on `device`."""
+        if device not in self._by_device:
+            self._by_device[device] = self._by_device[torch.device("cpu")].to(device)
+        return self._by_device[device]
