@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from test_layer import tiny_config
 from typer.testing import CliRunner
 
-from lightning_indexer import CacheSchema, IndexerView, quantize_query, score_topk
+from lightning_indexer import CacheSchema, IndexerView, LayerCacheHandle, index_scores, quantize_query, score_topk
 from lightning_indexer.bench import command
 from lightning_indexer.bench import run as bench_run
 from lightning_indexer.bench.agreement import CPU_BAND, CUDA_BAND, CUDA_FP8_BAND, compare, promised_band
 from lightning_indexer.bench.cases import QUICK_GRID, Case, make_operands
 from lightning_indexer.bench.command import select_cases
 from lightning_indexer.bench.cuda import cases as cuda_cases
-from lightning_indexer.bench.cuda import checks, gpu, peers, plot, screen
+from lightning_indexer.bench.cuda import checks, gpu, layer, peers, plot, screen
 from lightning_indexer.bench.cuda import run as cuda_run
 from lightning_indexer.bench.cuda.cases import AppendCase, GatherCase, Relative, ScoringCase, Target
 from lightning_indexer.bench.cuda.operands import make_append, make_gather, make_scoring, take_queries
@@ -432,3 +433,68 @@ def test_checks_accept_what_is_right():
 )
 def test_readable_times(us, text):
     assert screen.readable_us(us) == text
+
+
+# --- the layer --------------------------------------------------------------------------------------------------
+
+TINY_LAYER = layer.LayerCase(2, 600, config=tiny_config())
+
+
+def test_layer_records_lines_and_tables():
+    grid = [TINY_LAYER, replace(TINY_LAYER, weights="fp8")]
+    records = list(layer.run_grid(grid, Desk()))
+    assert [record["case"] for record in records] == ["layer-2x1-tokens600-bf16", "layer-2x1-tokens600-fp8"]
+    json.dumps(records)
+    for record in records:
+        assert list(record["stages_us"])[-1] == layer.WHOLE and record["begin_step_host_us"] > 0
+        assert all(times[mode]["median"] == 100 for times in record["stages_us"].values() for mode in times)
+        assert "graph, cold 100 us, graph, warm 100 us, eager 100 us; begin_step" in layer.line(record)
+    console = Console(file=io.StringIO(), width=200)
+    for table in layer.tables(records):
+        console.print(table)
+    sums = [text.split() for text in console.file.getvalue().splitlines() if "sum of the stages" in text]
+    assert sums == [["sum", "of", "the", "stages", *["1.30", "ms"] * 3]] * 2, "13 stages of 100 us each"
+
+
+def test_layer_stages_make_the_layer():
+    """What the stages leave behind is what one call of the layer leaves."""
+    decodes = [layer.make_decode(TINY_LAYER, CPU) for _ in range(2)]
+    staged, called = decodes
+    runs = layer.stages(staged)
+    assert runs.pop(layer.WHOLE)().shape == staged.x.shape
+    out = [run() for run in runs.values()][-1]
+    assert torch.equal(out, called.block(called.x, called.cache))
+    for name in ("window", "compressor_state", "indexer_state"):
+        assert torch.equal(getattr(staged.cache, name).rows, getattr(called.cache, name).rows), name
+    for name in ("kv_pool", "index_pool"):
+        assert torch.equal(getattr(staged.cache, name).storage, getattr(called.cache, name).storage), name
+
+
+def test_no_wrong_layer_is_timed(monkeypatch):
+    desk, right = Desk(), LayerCacheHandle.append
+
+    def append(self, entries, kind):
+        right(self, entries * (1 if kind == "index" else torch.nan), kind)
+
+    monkeypatch.setattr(LayerCacheHandle, "append", append)
+    with pytest.raises(AssertionError, match="layer-2x1-tokens600-bf16: the output has values that are not finite"):
+        list(layer.run_grid([TINY_LAYER], desk))
+    monkeypatch.setattr(LayerCacheHandle, "append", right)
+    monkeypatch.setattr(layer, "index_scores", lambda *args, **kwargs: -index_scores(*args, **kwargs))
+    with pytest.raises(AssertionError, match="the choice is not that of the scores"):
+        list(layer.run_grid([TINY_LAYER], desk))
+    assert desk.timed == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--device", "cpu"), "--layer times a decode step at V4-Flash size on a GPU, and none is used here"),
+        (("--peer", "deep_gemm"), "--layer has no --peer to compare with"),
+    ],
+    ids=["device", "peer"],
+)
+def test_layer_refuses_what_cannot_be_meant(arguments, message, tmp_path):
+    result = run("bench", "--layer", *arguments, "--output", str(tmp_path))
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
+    assert not list(tmp_path.iterdir())

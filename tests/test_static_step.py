@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_layer import CSA, HCA, INDEX_FORMATS, SWA, make_block, make_cache, tiny_config
+from test_layer import CSA, HCA, INDEX_FORMATS, SWA, make_block, make_cache, nvfp4_weights, tiny_config
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_indexer import AttentionSubBlock, LayerCacheHandle, OutOfBlocks
+from lightning_indexer import AttentionSubBlock, Fp8BlockLinear, LayerCacheHandle, Nvfp4Linear, OutOfBlocks
 from lightning_indexer.cache.step import Step
+from lightning_indexer.nn.linear import Linear
 
 KINDS = pytest.mark.parametrize("layer", [SWA, CSA, HCA], ids=["SWA", "CSA", "HCA"])
 META = torch.device("meta")
@@ -132,6 +133,27 @@ STEPS = {"decode": [1, 1, 1], "draft tokens": [2, 2, 2], "ragged": [1, 0, 7], "b
 @pytest.mark.parametrize("kv_format", ["fp8_ds_mla", "bf16"])
 def test_a_csa_step_asks_for_nothing_in_any_format(index_format: str, kv_format: str, recorder: Recorder) -> None:
     block, cache = on_meta(CSA, index_format=index_format, kv_format=kv_format)
+    check_steps(block, cache, [1, 1, 1], recorder)
+
+
+IN, OUT = CONFIG.query_compression_dim, CONFIG.indexer_num_heads * CONFIG.indexer_head_dim
+FP8_WEIGHTS = {"weight": torch.ones(OUT, IN).to(torch.float8_e4m3fn), "scale": torch.ones(OUT // 128, 1)}
+
+
+@pytest.mark.parametrize(
+    ("linear", "weights"),
+    [
+        (Fp8BlockLinear(IN, OUT), FP8_WEIGHTS),
+        (Nvfp4Linear(IN, OUT), nvfp4_weights(OUT, IN)),
+        (Nvfp4Linear(IN, OUT, output_format="mxfp4"), nvfp4_weights(OUT, IN)),
+    ],
+    ids=["fp8", "nvfp4", "nvfp4 to mxfp4"],
+)
+def test_a_step_with_quantised_weights_asks_for_nothing(linear: Linear, weights: dict, recorder: Recorder) -> None:
+    block, cache = on_meta(CSA)
+    assert block.indexer is not None
+    linear.load_weights(weights)
+    block.indexer.wq_b = linear.to(META)
     check_steps(block, cache, [1, 1, 1], recorder)
 
 
@@ -275,6 +297,18 @@ def test_steps_of_one_token_may_be_run_again(layer: int) -> None:
         want = block(part, once)
         for _ in range(3):
             assert torch.equal(block(part, twice), want)
+
+
+@pytest.mark.parametrize("layer", [CSA, HCA], ids=["CSA", "HCA"])
+def test_a_step_that_completes_no_entry_writes_none(layer: int) -> None:
+    block, cache = make_block(CONFIG, layer), make_cache(CONFIG, layer)
+    cache.begin_step([0, 1], [128, 130])
+    block(torch.randn(258, CONFIG.hidden_size), cache)
+    pools = [pool for pool in (cache.kv_pool, cache.index_pool) if pool is not None]
+    before = [pool.storage.clone() for pool in pools]
+    cache.begin_step([1, 0], [1, 2])
+    block(torch.randn(3, CONFIG.hidden_size), cache)
+    assert all(torch.equal(pool.storage, old) for pool, old in zip(pools, before, strict=True))
 
 
 def test_static_steps_of_other_counts_do_not_meet() -> None:

@@ -62,12 +62,20 @@ def bench(
     output: Annotated[Path, typer.Option(help="Folder for the JSON lines and the plot.")] = Path("bench-output"),
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
     only: Annotated[list[str] | None, typer.Option(help="Only cases with this in their name; repeatable.")] = None,
+    layer: Annotated[
+        bool, typer.Option("--layer", help="Time one decode step of a CSA layer instead, stage by stage (GPU).")
+    ] = False,
 ) -> None:
     """Check, then time score_topk (on a GPU also gather_kv and append_entries) over a grid of shapes; write JSON lines
     and a plot."""
-    from lightning_indexer.bench.command import run_bench
+    from lightning_indexer.bench.command import run_bench, run_layer_bench
 
     with _one_line_errors():
+        if layer:
+            if peer:
+                raise DemoError("--layer has no --peer to compare with")
+            run_layer_bench(device, only or [], quick=quick, repeats=repeats, output=output, console=Console())
+            return
         run_bench(device, peer or [], only or [], quick=quick, repeats=repeats, output=output, console=Console())
 
 

@@ -1,4 +1,4 @@
-"""The layer, the demo and the doctor on a GPU, and that the caller's settings do not reach fp32 results there."""
+"""The layer, the demo and the doctor on a GPU: in CUDA graphs, without waiting, whatever the caller has set."""
 
 import json
 from collections.abc import Iterator
@@ -81,6 +81,160 @@ def test_attention_does_not_wait_for_the_device() -> None:
         sparse_attention(q, kv, kv[:, :0], valid=valid, sink=None, softmax_scale=1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# --- decoding -------------------------------------------------------------------------------------------------
+
+KINDS = pytest.mark.parametrize("layer", [SWA, CSA, HCA], ids=["SWA", "CSA", "HCA"])
+FORMATS = pytest.mark.parametrize("index_format", ["mxfp4", "fp8", "bf16"])
+CONFIG = tiny_config(csa_top_k=16)
+BATCHES = ([2, 0, 1], [1], [0, 2])  # each with a graph of its own
+
+
+def make_decoder(layer: int, index_format: str) -> tuple[AttentionSubBlock, LayerCacheHandle, LayerCacheHandle]:
+    """A layer, and twice the same caches of three sequences just before an entry, a block and the end of a window."""
+    block = AttentionSubBlock(CONFIG, layer)
+    block.load_weights({name: weight.cuda() for name, weight in random_weights(CONFIG, layer).items()})
+    counts = [1, 62, 125]
+    x = torch.randn(sum(counts), CONFIG.hidden_size).cuda().bfloat16()
+    caches = []
+    for _ in range(2):
+        cache = LayerCacheHandle(
+            CONFIG,
+            layer,
+            max_seqs=4,
+            num_blocks=24,
+            entries_per_block=16,
+            index_format=index_format,
+            max_blocks_per_seq=6,
+            device="cuda",
+        )
+        for seq_id in range(3):
+            cache.alloc(seq_id)
+        cache.begin_step([0, 1, 2], counts)
+        block(x, cache)
+        caches.append(cache)
+    return block, caches[0], caches[1]
+
+
+def everything(cache: LayerCacheHandle) -> dict[str, torch.Tensor]:
+    """All that a layer writes."""
+    rings = {name: getattr(cache, name) for name in ("window", "compressor_state", "indexer_state")}
+    pools = {name: getattr(cache, name) for name in ("kv_pool", "index_pool")}
+    return {
+        **{name: ring.rows for name, ring in rings.items() if ring is not None},
+        **{name: pool.storage for name, pool in pools.items() if pool is not None},
+        **{f"{name} table": pool.block_table for name, pool in pools.items() if pool is not None},
+    }
+
+
+@KINDS
+@FORMATS
+def test_one_graph_serves_all_decode_steps(layer: int, index_format: str) -> None:
+    """Against eager calls, bit for bit: across entries and blocks, with graphs of three batches in turns."""
+    block, replayed, eager = make_decoder(layer, index_format)
+    graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+    for i in range(120):
+        batch = BATCHES[i % len(BATCHES)]
+        fresh = torch.randn(len(batch), CONFIG.hidden_size).cuda().bfloat16()
+        for cache in (replayed, eager):
+            cache.begin_step(batch, [1] * len(batch), static=True)
+        if len(batch) not in graphs:
+            x = fresh.clone()
+            block(x, replayed)  # warms up; a step of one token per sequence may be run again
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = block(x, replayed)
+            graphs[len(batch)] = graph, x, out
+        graph, x, out = graphs[len(batch)]
+        x.copy_(fresh)
+        out.fill_(torch.nan)
+        graph.replay()
+        want = block(fresh, eager)
+        assert torch.equal(out, want), f"step {i}: worst difference {(out - want).abs().max():.1e}"
+    wanted = everything(eager)
+    different = [name for name, tensor in everything(replayed).items() if not torch.equal(tensor, wanted[name])]
+    assert not different
+    assert replayed.num_tokens(2) == 125 + 80, "two batches have it"
+
+
+@KINDS
+def test_a_graph_follows_sequences_that_come_and_go(layer: int) -> None:
+    block, replayed, eager = make_decoder(layer, "mxfp4")
+    x = torch.randn(2, CONFIG.hidden_size).cuda().bfloat16()
+    replayed.begin_step([0, 1], [1, 1], static=True)
+    block(x, replayed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = block(x, replayed)
+    eager.begin_step([0, 1], [1, 1], static=True)
+    block(x, eager)
+    for cache in (replayed, eager):
+        cache.fork(2, 3)
+        cache.free(1)
+        cache.alloc(1)
+    for batch in ([3, 2], [1, 3], [3, 1], [2, 1]):
+        for cache in (replayed, eager):
+            cache.begin_step(batch, [1, 1], static=True)
+        x.normal_()
+        graph.replay()
+        assert torch.equal(out, block(x, eager)), f"batch {batch}"
+
+
+@KINDS
+@FORMATS
+@pytest.mark.parametrize("static", [False, True], ids=["any step", "static"])
+def test_the_layer_does_not_wait_for_the_device(layer: int, index_format: str, static: bool) -> None:
+    """Nor does `begin_step`: decoding, ragged steps, one longer than every ring, blocks that are new."""
+    block, cache, _ = make_decoder(layer, index_format)
+    steps = [([0, 1, 2], [1, 1, 1])] * 10 + [([1], [1]), ([2, 0], [3, 170]), ([0, 1], [0, 2]), ([], [])]
+    xs = [torch.randn(sum(counts), CONFIG.hidden_size).cuda().bfloat16() for _, counts in steps]
+    outputs = []
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for (seq_ids, counts), x in zip(steps, xs, strict=True):
+            cache.begin_step(seq_ids, counts, static=static)
+            outputs.append(block(x, cache))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cat(outputs).isfinite().all()
+
+
+def test_the_host_may_run_ahead_of_the_device() -> None:
+    """Steps are sent through memory that is used again: not before the device has read it."""
+    block, replayed, eager = make_decoder(CSA, "mxfp4")
+    xs = torch.randn(40, 3, CONFIG.hidden_size).cuda().bfloat16()
+    replayed.begin_step([0, 1, 2], [1, 1, 1], static=True)
+    x, got = xs[0].clone(), torch.empty_like(xs)
+    block(x, replayed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = block(x, replayed)
+    torch.cuda._sleep(200_000_000)  # about 0.1 s: all that follows is begun by then
+    for i in range(40):
+        if i:
+            replayed.begin_step([0, 1, 2], [1, 1, 1], static=True)
+        x.copy_(xs[i])
+        graph.replay()
+        got[i] = out
+    for i in range(40):
+        eager.begin_step([0, 1, 2], [1, 1, 1], static=True)
+        want = block(xs[i], eager)
+        torch.cuda.synchronize()
+        assert torch.equal(got[i], want), f"step {i}"
+
+
+def test_a_step_that_is_not_static_is_not_captured() -> None:
+    block, cache, _ = make_decoder(CSA, "mxfp4")
+    x = torch.randn(1, CONFIG.hidden_size).cuda().bfloat16()
+    cache.begin_step([0], [1])
+    with (
+        pytest.raises(RuntimeError, match="a CUDA graph needs a static step"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        block(x, cache)
+    assert block(x, cache).isfinite().all()
 
 
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "fp8", "bf16"])

@@ -11,6 +11,7 @@ from rich.table import Table
 from lightning_indexer.bench import cases, peers, plot, run, screen
 from lightning_indexer.bench.cuda import cases as cuda_cases
 from lightning_indexer.bench.cuda import gpu as cuda_gpu
+from lightning_indexer.bench.cuda import layer as cuda_layer
 from lightning_indexer.bench.cuda import peers as cuda_peers
 from lightning_indexer.bench.cuda import plot as cuda_plot
 from lightning_indexer.bench.cuda import run as cuda_run
@@ -68,6 +69,24 @@ def run_bench(
     _report("cpu", records, output, console, screen.line, plot.plot, screen.table)
 
 
+def run_layer_bench(
+    device: str, only: Sequence[str], *, quick: bool, repeats: int | None, output: Path, console: Console
+) -> None:
+    """Time one decode step of a CSA layer and its stages on a GPU; write <output>/layer.jsonl.
+
+    Raises:
+        DemoError: the options cannot be meant, or the kernels do not run here.
+        AssertionError: a step gives something wrong.
+    """
+    if choose_device(device, console) != "cuda":
+        raise DemoError("--layer times a decode step at V4-Flash size on a GPU, and none is used here (--device cuda)")
+    chosen = select_cases(cuda_layer.QUICK_GRID if quick else cuda_layer.GRID, only)
+    records = _write("layer", cuda_layer.run_grid(chosen, cuda_gpu.Gpu(repeats)), output, console, cuda_layer.line)
+    for table in cuda_layer.tables(records):
+        console.print(table)
+    console.print(f"written to {output}", soft_wrap=True)
+
+
 def choose_device(device: str, console: Console) -> str:
     """ "cpu" or "cuda"; "auto" is the GPU where the kernels run on it, and says why not where there is one.
 
@@ -108,16 +127,24 @@ def _report(
     draw: Callable[[Sequence[Record], Path], None],
     table: Callable[[Sequence[Record]], Table],
 ) -> None:
-    """Write each record as it comes, so that a run cut short keeps what it has; then the picture and the table."""
-    output.mkdir(parents=True, exist_ok=True)
-    done: list[Record] = []
-    for record in records:
-        done.append(record)
-        run.write_lines(output / f"{stem}.jsonl", done)
-        console.print(line(record), soft_wrap=True)
+    """Write the records; then the picture and the table."""
+    done = _write(stem, records, output, console, line)
     try:
         draw(done, output / f"{stem}.png")
     except ModuleNotFoundError as error:
         console.print(f"no plot: {error.name} is missing (pip install 'lightning-indexer[plots]')")
     console.print(table(done))
     console.print(f"written to {output}", soft_wrap=True)
+
+
+def _write(
+    stem: str, records: Iterable[Record], output: Path, console: Console, line: Callable[[Record], str]
+) -> list[Record]:
+    """Write each record as it comes, so that a run cut short keeps what it has."""
+    output.mkdir(parents=True, exist_ok=True)
+    done: list[Record] = []
+    for record in records:
+        done.append(record)
+        run.write_lines(output / f"{stem}.jsonl", done)
+        console.print(line(record), soft_wrap=True)
+    return done

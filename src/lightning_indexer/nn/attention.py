@@ -93,24 +93,28 @@ class AttentionSubBlock(LoadedModule):
                 f"AttentionSubBlock: x must have the cache's dtype {cache.window.rows.dtype}, got {x.dtype} "
                 "(use LayerCacheHandle(..., dtype=x.dtype))"
             )
-        c_Q = rms_norm(self._linear("wq_a")(x), self.get("q_norm"), self.config.rms_norm_eps)
-        q = self._query(c_Q, step)
-        window_kv = self._window_kv(x, step, cache.kv_format)
+        c_Q = self.query_latent(x)
+        q = self.query(c_Q, step)
+        window_kv = self.window_kv(x, step, cache.kv_format)
         if self.compressor is not None:
             assert cache.compressor_state is not None, "a cache of the same kind has a compressor state"
             cache.append(self.compressor(x, step, cache.compressor_state), "kv")
         indices = self._select(c_Q, x, cache)
         attended = self._attend(q, window_kv, indices, cache)
         cache.window.update(step, window_kv)
-        attended = apply_rope(attended, step.positions, self.frequencies.on(x.device), inverse=True)
-        return self._project(attended)
+        return self.project(attended, step)
 
-    def _query(self, c_Q: Tensor, step: Step) -> Tensor:
+    def query_latent(self, x: Tensor) -> Tensor:
+        """[T, query_compression_dim], normalised: what both the main queries and the indexer's are made from."""
+        return rms_norm(self._linear("wq_a")(x), self.get("q_norm"), self.config.rms_norm_eps)
+
+    def query(self, c_Q: Tensor, step: Step) -> Tensor:
+        """[T, H, head_dim], rotated."""
         q = self._linear("wq_b")(c_Q).unflatten(-1, (self.config.num_heads, self.config.head_dim))
         q = rms_norm(q, None, self.config.rms_norm_eps)
         return apply_rope(q, step.positions, self.frequencies.on(q.device))
 
-    def _window_kv(self, x: Tensor, step: Step, kv_format: str) -> Tensor:
+    def window_kv(self, x: Tensor, step: Step, kv_format: str) -> Tensor:
         """[T, head_dim]: this step's raw rows, rounded as the compressed ones are where these are FP8."""
         kv = rms_norm(self._linear("wkv")(x), self.get("kv_norm"), self.config.rms_norm_eps)
         kv = apply_rope(kv, step.positions, self.frequencies.on(x.device))
@@ -128,11 +132,8 @@ class AttentionSubBlock(LoadedModule):
     def _attend(self, q: Tensor, window_kv: Tensor, indices: Tensor, cache: LayerCacheHandle) -> Tensor:
         """[T, H, head_dim], a tile of tokens at a time so that the gathered rows stay bounded."""
         step = cache.require_step()
-        tokens = cache.window.with_chunk(step, window_kv)
-        back = torch.arange(1 - cache.window.size, 1, device=q.device)
-        positions = step.positions.unsqueeze(1) + back  # [T, window]
-        rows = cache.window.find(step, step.batch_rows, positions)
-        seen = torch.cat([indices >= 0, positions >= 0], dim=1)
+        tokens, rows, in_window = self.window_rows(window_kv, cache)
+        seen = torch.cat([indices >= 0, in_window], dim=1)
         out = torch.empty_like(q)
         tile = max(1, _ROWS_PER_TILE // seen.shape[1])
         for start in range(0, step.num_tokens, tile):
@@ -148,13 +149,22 @@ class AttentionSubBlock(LoadedModule):
             )
         return out
 
+    def window_rows(self, window_kv: Tensor, cache: LayerCacheHandle) -> tuple[Tensor, Tensor, Tensor]:
+        """Old and new tokens [n, head_dim]; each token's window in them, rows [T, W]; which of these exist [T, W]."""
+        step = cache.require_step()
+        back = torch.arange(1 - cache.window.size, 1, device=window_kv.device)
+        positions = step.positions.unsqueeze(1) + back
+        tokens = cache.window.with_chunk(step, window_kv)
+        return tokens, cache.window.find(step, step.batch_rows, positions), positions >= 0
+
     def _gather(self, indices: Tensor, seq_ids: Tensor, cache: LayerCacheHandle, q: Tensor) -> Tensor:
         if indices.shape[1] == 0:
             return q.new_empty(len(indices), 0, self.config.head_dim)
         return gather_kv(cache.read_kv_view(), indices, seq_ids=seq_ids)
 
-    def _project(self, attended: Tensor) -> Tensor:
-        """[T, H, head_dim] -> [T, hidden]: each group of heads through its own block of wo_a, then wo_b."""
+    def project(self, attended: Tensor, step: Step) -> Tensor:
+        """[T, H, head_dim] -> [T, hidden]: rotated back, each group of heads through its block of wo_a, then wo_b."""
+        attended = apply_rope(attended, step.positions, self.frequencies.on(attended.device), inverse=True)
         groups = self.config.o_groups
         weight = self._linear("wo_a").dense_weight(attended.dtype).unflatten(0, (groups, -1))  # [G, rank, H/G * D]
         grouped = attended.flatten(1).unflatten(1, (groups, -1)).transpose(0, 1)  # [G, T, H/G * D]
