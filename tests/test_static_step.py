@@ -302,8 +302,8 @@ def test_steps_of_one_token_may_be_run_again(layer: int) -> None:
 @pytest.mark.parametrize("layer", [CSA, HCA], ids=["CSA", "HCA"])
 def test_a_step_that_completes_no_entry_writes_none(layer: int) -> None:
     block, cache = make_block(CONFIG, layer), make_cache(CONFIG, layer)
-    cache.begin_step([0, 1], [128, 130])
-    block(torch.randn(258, CONFIG.hidden_size), cache)
+    cache.begin_step([0, 1], [128, 128])
+    block(torch.randn(256, CONFIG.hidden_size), cache)
     pools = [pool for pool in (cache.kv_pool, cache.index_pool) if pool is not None]
     before = [pool.storage.clone() for pool in pools]
     cache.begin_step([1, 0], [1, 2])
