@@ -175,6 +175,8 @@ def test_fork_of_a_prefix(count, new_blocks):
         (lambda p: p.fork(1, 2), ValueError, ["sequence 1 is not allocated"]),
         (lambda p: p.fork(0, 2), ValueError, ["sequence 2 is already allocated"]),
         (lambda p: p.fork(0, 1, 5), ValueError, ["num_entries", "0..4", "5"]),
+        (lambda p: p.grow(2), ValueError, ["num_blocks must be at least 3", "got 2"]),
+        (lambda p: p.grow(5, max_blocks_per_seq=1), ValueError, ["max_blocks_per_seq must be at least 2", "got 1"]),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else None,
 )
@@ -212,9 +214,13 @@ class PoolMachine(RuleBasedStateMachine):
     @initialize(num_blocks=st.integers(0, 12), columns=st.integers(1, 6))
     def start(self, num_blocks, columns):
         self.pool = PagedPool(SMALL, num_blocks, max_seqs=5, max_blocks_per_seq=columns)
-        self.rows = self.pool.storage.view(torch.int64).view(num_blocks * 3, 2)[:, 0]  # slot -> first 8 bytes
         self.model: dict[int, list[int]] = {}
         self.written = 0
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """Slot -> its first 8 bytes, in place."""
+        return self.pool.storage.view(torch.int64).view(self.pool.num_blocks * 3, 2)[:, 0]
 
     def fits(self, growth: dict[int, int]) -> bool:
         blocks = {s: -(-(len(self.model.get(s, [])) + n) // 3) for s, n in growth.items()}
@@ -265,6 +271,12 @@ class PoolMachine(RuleBasedStateMachine):
             if fits:
                 self.model[dst] = self.model[src][:count]
         return dst
+
+    @rule(blocks=st.integers(0, 4), columns=st.integers(0, 2))
+    def grow(self, blocks, columns):
+        free, shape = self.pool.num_free_blocks, self.pool.block_table.shape
+        self.pool.grow(self.pool.num_blocks + blocks, max_blocks_per_seq=shape[1] + columns)
+        assert self.pool.num_free_blocks == free + blocks and self.pool.block_table.shape == (5, shape[1] + columns)
 
     @rule(seq=consumes(seqs))
     def free(self, seq):

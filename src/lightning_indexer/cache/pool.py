@@ -109,6 +109,28 @@ class PagedPool:
             needed += total - len(self._blocks[seq_id])
         self._check_free(needed)
 
+    def grow(self, num_blocks: int, *, max_blocks_per_seq: int | None = None) -> None:
+        """Enlarge the storage to `num_blocks` blocks, and the block table; slots keep their numbers and their bytes.
+
+        A new storage and a new table take the place of the old ones: make views anew.
+
+        Args:
+            max_blocks_per_seq: columns of the block table. Default: `num_blocks`.
+        """
+        columns = num_blocks if max_blocks_per_seq is None else max_blocks_per_seq
+        for name, value, least in (
+            ("num_blocks", num_blocks, self.num_blocks),
+            ("max_blocks_per_seq", columns, self.block_table.shape[1]),
+        ):
+            if value < least:
+                raise ValueError(f"PagedPool: {name} must be at least {least}, what it is now, got {value}")
+        added = num_blocks - self.num_blocks
+        storage = torch.cat([self.storage, self.storage.new_zeros(added, self.schema.stride)])
+        table = torch.nn.functional.pad(self.block_table, (0, columns - self.block_table.shape[1]))
+        self.storage, self.block_table = storage, table
+        self._free = [*range(num_blocks - 1, num_blocks - added - 1, -1), *self._free]  # the old ones are taken first
+        self._references += [0] * added
+
     def free(self, seq_id: int) -> None:
         """Forget sequence `seq_id` and release the blocks that nobody else owns."""
         self._check_known(seq_id)
