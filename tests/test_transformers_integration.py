@@ -92,6 +92,7 @@ def smallest_gap(model: DeepseekV4ForCausalLM, input_ids: torch.Tensor) -> float
     gaps: list[float] = []
 
     def watch(_module: Any, _args: Any, scores: torch.Tensor) -> None:
+        scores = scores.cpu()
         visible = (torch.arange(scores.shape[1]) + 1) // 4
         seen = torch.arange(scores.shape[2]) < visible.unsqueeze(1)
         best = scores.masked_fill(~seen, -torch.inf).topk(TOP_K + 1).values[:, visible > TOP_K]

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_transformers_integration import (
+
+pytest.importorskip("transformers", reason="needs the extra transformers")
+from test_transformers_integration import (  # noqa: E402
     CASES,
     CSA_LAYERS,
     NEAR_TIE,
@@ -21,14 +23,14 @@ from test_transformers_integration import (
     smallest_gap,
     tokens,
 )
-from transformers import DeepseekV4ForCausalLM
+from transformers import DeepseekV4ForCausalLM  # noqa: E402
 
-from lightning_indexer.integrations.transformers import accelerate, agreement
+from lightning_indexer.integrations.transformers import accelerate, agreement  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 DEVICE = "cuda"
 SCORE_ERROR = 1e-4  # of a row's norm: what bf16 keys and queries are promised
-LOGIT_ERROR = 1e-5  # of the largest logit; one wrong choice is worth about 1e-2
+LOGIT_ERROR = 1e-5  # of the largest logit; one wrong entry of one query was worth 9e-2
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ What changes: in each CSA layer the index keys lie in a `PagedPool`, in the form
 
 What does not: every weight and projection, RoPE, both compressors, the window and the compressed KV entries, HCA and
 SWA layers, attention itself, which transformers computes densely under a mask of [batch, 1, tokens, entries], and all
-of `generate()`. (So there is no KV format to choose: the model attends to its own entries.) A model whose index
-keys are stored without loss gives the same outputs, bit for bit, wherever the same entries are selected; only a tie
-within the rounding of a score can be decided otherwise.
+of `generate()`. There is no KV format to choose, since the model attends to its own entries. A model whose index keys
+are stored without loss gives the same outputs, bit for bit, wherever the same entries are selected; only a tie within
+the rounding of a score can be decided otherwise.
 
 It is done with torch's module hooks; no code is replaced. The hook before the indexer makes the layer's cache a paged
 one, to which transformers' own code then hands the new keys. Its scorer, left with no keys, scores nothing; the hook
@@ -75,7 +75,8 @@ def accelerate(
     """
     if not isinstance(model, DeepseekV4ForCausalLM):
         raise TypeError(f"accelerate: model must be a DeepseekV4ForCausalLM, got {type(model).__name__}")
-    _check_not_accelerated(model)
+    if hasattr(model, _HANDLES):
+        raise ValueError("accelerate: model must not be accelerated already, got one that is (call restore first)")
     check_choice("accelerate", "index_format", index_format, INDEX_FORMATS)
     check_choice("accelerate", "impl", impl, IMPLS)
     if max_tokens is not None and max_tokens < 1:
@@ -163,6 +164,7 @@ class _IndexerHooks:
     def select(self, scorer: DeepseekV4IndexerScorer, args: tuple[Tensor, ...], _scores: Tensor) -> None:
         q, _, hidden_states = args
         assert self.cache is not None, "the indexer, which runs the scorer, was hooked"
+        # projected a second time, because the scorer keeps its own to itself
         weights = scorer.weights_proj(hidden_states).float() * (scorer.softmax_scale * scorer.weights_scaling)
         self.chosen = self.cache.select(q, weights, self.config.index_topk)
 
@@ -176,11 +178,6 @@ class _IndexerHooks:
 def _indexers(model: Any) -> dict[int, DeepseekV4Indexer]:
     layers = enumerate(model.model.layers)
     return {i: m.self_attn.compressor.indexer for i, m in layers if hasattr(m.self_attn.compressor, "indexer")}
-
-
-def _check_not_accelerated(model: nn.Module) -> None:
-    if hasattr(model, _HANDLES):
-        raise ValueError("accelerate: model must not be accelerated already, got one that is (call restore first)")
 
 
 def _refuse_left_padding(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
