@@ -557,7 +557,9 @@ def test_a_bad_cache_folder_is_an_error(tmp_path: Path) -> None:
 def test_arguments_lie_where_the_driver_looks() -> None:
     values = (2**63 + 5, -3, -7, 0.5, 2**40, True)
     buffer = launcher._ArgumentBuffer("PqifPi")
-    places = ctypes.cast(buffer.pack(values), ctypes.POINTER(ctypes.c_void_p))
+    pack_into, memory, address = buffer.place
+    pack_into(memory, 0, *values)
+    places = ctypes.cast(address, ctypes.POINTER(ctypes.c_void_p))
     types = (ctypes.c_uint64, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_uint64, ctypes.c_int32)
     assert tuple(kind.from_address(places[i]).value for i, kind in enumerate(types)) == values
     assert all(places[i] % ctypes.alignment(kind) == 0 for i, kind in enumerate(types))
@@ -571,7 +573,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> launcher.Kernel:
     made._names, made._arguments, made._function = ("entries", "count"), launcher._ArgumentBuffer("Pq"), "function"
     made.submitted, made.statuses = [], [0]
     made._submit = lambda *arguments: (made.submitted.append(arguments), (made.statuses.pop(0),))[1]
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 1000 + index, raising=False)
     monkeypatch.setattr(launcher, "_error_text", lambda status: f"error {status}")
     return made

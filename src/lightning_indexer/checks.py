@@ -20,14 +20,13 @@ def check_tensor(
     """Raise unless `tensor` has one of the dtypes, the shape (ints must match, strings name a free size) and device."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
-    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(_dtype_name(d) for d in dtypes)
-        remedy = f" (use {name}.to(torch.{_dtype_name(dtypes[0])}))" if len(dtypes) == 1 else ""
-        raise TypeError(f"{op}: {name} must be {wanted}, got {_dtype_name(tensor.dtype)}{remedy}")
-    if len(tensor.shape) != len(shape) or any(
-        isinstance(want, int) and want != got for want, got in zip(shape, tensor.shape, strict=True)
-    ):
+    if tensor.dtype is not dtype:  # most calls stop here: this runs a dozen times per op
+        dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
+        if tensor.dtype not in dtypes:
+            wanted = " or ".join(_dtype_name(d) for d in dtypes)
+            remedy = f" (use {name}.to(torch.{_dtype_name(dtypes[0])}))" if len(dtypes) == 1 else ""
+            raise TypeError(f"{op}: {name} must be {wanted}, got {_dtype_name(tensor.dtype)}{remedy}")
+    if tensor.shape != shape and not _fits(tensor.shape, shape):
         wanted = "[" + ", ".join(str(s) for s in shape) + "]"
         raise ValueError(f"{op}: {name} must have shape {wanted}, got {list(tensor.shape)}")
     if device is not None and tensor.device != device:
@@ -53,17 +52,27 @@ def check_choice(op: str, name: str, value: object, choices: Sequence[object]) -
 
 def choose_impl(op: str, impl: str, device: torch.device, *, has_cuda: bool = False) -> str:
     """Resolve "auto" to what serves `device`, and refuse what does not; `has_cuda` says whether the op has a kernel."""
+    kind = device.type
+    served = ("cpu", "cuda") if has_cuda else ("cpu",)
+    if kind in served and impl in ("auto", kind):
+        return kind
     check_choice(op, "impl", impl, IMPLS)
     if impl == "reference":
         return impl
-    served = ("cpu", "cuda") if has_cuda else ("cpu",)
-    if device.type not in served or impl not in ("auto", device.type):
-        names = " or ".join(f"{name!r} ({name.upper()} tensors)" for name in served)
-        raise NotImplementedError(
-            f"{op}: impl={impl!r} does not serve tensors on {device}; there are {names}, 'auto', which takes the one "
-            "that fits, and 'reference', which is slow and runs anywhere"
-        )
-    return device.type
+    names = " or ".join(f"{name!r} ({name.upper()} tensors)" for name in served)
+    raise NotImplementedError(
+        f"{op}: impl={impl!r} does not serve tensors on {device}; there are {names}, 'auto', which takes the one "
+        "that fits, and 'reference', which is slow and runs anywhere"
+    )
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int | str]) -> bool:
+    if len(shape) != len(wanted):
+        return False
+    for got, want in zip(shape, wanted):  # noqa: B905, SIM110 (this runs in every call: `strict` and `all` cost more)
+        if got != want and not isinstance(want, str):
+            return False
+    return True
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -34,7 +34,9 @@ class HostKernel:
 
     def launch(self, grid: tuple[int, int, int], *arguments: float) -> None:
         assert grid[0] >= 1 and grid[1:] == (1, 1), f"an empty or unexpected grid {grid}"
-        self.function(grid[0], 1, self.threads, ctypes.c_void_p(self.arguments.pack(arguments)))
+        pack_into, memory, address = self.arguments.place
+        pack_into(memory, 0, *arguments)
+        self.function(grid[0], 1, self.threads, ctypes.c_void_p(address))
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,9 @@ class HostKernel:
     def launch(self, grid: tuple[int, int, int], *arguments: float) -> None:
         x, y, z = grid
         assert x >= 1 and y >= 1 and z == 1, f"an empty or unexpected grid {grid}"
-        self.function(x, y, self.threads, ctypes.c_void_p(self.arguments.pack(arguments)))
+        pack_into, memory, address = self.arguments.place
+        pack_into(memory, 0, *arguments)
+        self.function(x, y, self.threads, ctypes.c_void_p(address))
 
 
 def specialisations(case: Case) -> list[Specialisation]:

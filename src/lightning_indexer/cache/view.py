@@ -4,7 +4,9 @@ A view can be built from a `PagedPool` or straight from an engine's own tensors:
 pages, FlashMLA's `[blocks, 64, 1, 584]` float8 pages, a slice of a slab where layers interleave, and so on.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
@@ -34,6 +36,10 @@ class PagedView:
     schema: CacheSchema
     block_table: Tensor
     global_scale: float = 1.0
+    device: torch.device = field(init=False, repr=False)  # this and the rest follow from the above, once for all calls
+    num_blocks: int = field(init=False, repr=False)
+    num_seqs: int = field(init=False, repr=False)
+    max_entries: int = field(init=False, repr=False)  # that a row of the table can address; 0 without rows or blocks
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -52,23 +58,12 @@ class PagedView:
             raise ValueError(
                 f"{name}: only 'nvfp4' has a global_scale, got {self.global_scale} for {self.schema.format!r}"
             )
-
-    @property
-    def device(self) -> torch.device:
-        return self.storage.device
-
-    @property
-    def num_blocks(self) -> int:
-        return self.storage.shape[0]
-
-    @property
-    def num_seqs(self) -> int:
-        return self.block_table.shape[0]
-
-    @property
-    def max_entries(self) -> int:
-        """Entries that one row of the block table can address; 0 where there is no row or no block."""
-        return self.block_table.shape[1] * self.schema.entries_per_block if self.num_seqs and self.num_blocks else 0
+        num_blocks, (num_seqs, columns) = self.storage.shape[0], self.block_table.shape
+        object.__setattr__(self, "device", self.storage.device)
+        object.__setattr__(self, "num_blocks", num_blocks)
+        object.__setattr__(self, "num_seqs", num_seqs)
+        is_empty = num_blocks == 0 or num_seqs == 0
+        object.__setattr__(self, "max_entries", 0 if is_empty else columns * self.schema.entries_per_block)
 
     @property
     def data_rows(self) -> Tensor:
@@ -124,6 +119,13 @@ class KVView(PagedView):
         super().__post_init__()
 
 
+def check_view(op: str, view: object, kind: type[PagedView]) -> None:
+    """Raise TypeError unless `view` is a view of this kind."""
+    if not isinstance(view, kind):
+        wanted = {IndexerView: "an IndexerView", KVView: "a KVView"}.get(kind, "an IndexerView or a KVView")
+        raise TypeError(f"{op}: view must be {wanted}, got {type(view).__name__}")
+
+
 def _as_bytes(name: str, storage: Tensor, schema: CacheSchema) -> Tensor:
     """`storage` as uint8 [num_blocks, payload_bytes] over the same memory, after checking it against `schema`."""
     if not isinstance(storage, Tensor) or storage.dtype not in _BYTE_DTYPES:
@@ -133,19 +135,35 @@ def _as_bytes(name: str, storage: Tensor, schema: CacheSchema) -> Tensor:
         )
     if storage.ndim < 2:
         raise ValueError(f"{name}: storage must have shape [num_blocks, ...], got {list(storage.shape)}")
-    block_bytes = storage[0].numel() if storage.shape[0] else schema.stride
+    num_blocks, *block = storage.shape
+    block_bytes = prod(block) if num_blocks else schema.stride
     if block_bytes not in (schema.payload_bytes, schema.stride):
         raise ValueError(
             f"{name}: storage must have {schema.payload_bytes} bytes per block ({schema.entries_per_block} x "
             f"{schema.bytes_per_entry}, format {schema.format!r}) or {schema.stride} with padding, got {block_bytes} "
             f"in shape {list(storage.shape)}"
         )
-    if storage.shape[0] and not storage[0].is_contiguous():
+    block_stride, *strides = storage.stride()
+    if num_blocks and not _is_contiguous(block, strides):
         raise ValueError(f"{name}: the bytes of a storage block must be contiguous, got strides {storage.stride()}")
-    if storage.shape[0] > 1 and storage.stride(0) != schema.stride:
+    if num_blocks > 1 and block_stride != schema.stride:
         raise ValueError(
-            f"{name}: storage blocks must lie {schema.stride} bytes apart, got {storage.stride(0)} "
-            f"(use CacheSchema(..., block_stride={storage.stride(0)}))"
+            f"{name}: storage blocks must lie {schema.stride} bytes apart, got {block_stride} "
+            f"(use CacheSchema(..., block_stride={block_stride}))"
         )
-    shape = (storage.shape[0], schema.payload_bytes)
-    return storage.view(torch.uint8).as_strided(shape, (schema.stride, 1), storage.storage_offset())
+    if storage.dtype != torch.uint8:
+        storage = storage.view(torch.uint8)
+    shape, wanted = (num_blocks, schema.payload_bytes), (schema.stride, 1)
+    if storage.shape == shape and storage.stride() == wanted:
+        return storage
+    return storage.as_strided(shape, wanted, storage.storage_offset())
+
+
+def _is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """As `torch.Tensor.is_contiguous`, without making the tensor."""
+    step = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return True

@@ -50,7 +50,7 @@ def append_entries(entries: Tensor, view: PagedView, slots: Tensor, rounding: st
         NotImplementedError: the GPU, or the size of the entries, is not one that the kernel serves.
         ValueError: the storage does not start at a multiple of 16 bytes.
     """
-    num_entries = len(entries)
+    num_entries = entries.shape[0]
     if num_entries == 0 or view.num_blocks == 0:
         return
     storage = view.storage

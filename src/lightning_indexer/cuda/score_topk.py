@@ -102,6 +102,7 @@ _MAX_BLOCKS = 256  # kMaxParts there
 # (largest top_k, candidates per list, the same for one query per block, most queries per block): lists are at
 # least twice top_k, and those of all blocks fit the workspace. Long lists are cut back less often.
 _LISTS = ((512, 2048, 4096, 16), (2048, 4096, 8192, 8), (4096, 8192, 8192, 4))
+_WANTED, _MOST_WANTED = (1, 1, 2, 4, 4), 16  # queries per block that suit so many queries of a sequence
 _FEW_QUERIES = 1  # `Workspace` of kernels/work.cuh has the same
 
 
@@ -204,19 +205,18 @@ def score_topk(
     call = _Call("score_topk", q, weights, view, valid_lens, seq_ids)
     if num_tokens == 0:
         return
-    if view.max_entries == 0:
-        out.fill_(-1)
-        if scores_out is not None:
-            scores_out.fill_(-torch.inf)
+    max_entries = view.max_entries
+    if max_entries == 0:
+        _fill_with_nothing(out, scores_out)
         return
     plan = call.plan(top_k, engine)
-    tiles = call.most_tiles(view.max_entries)
+    tiles = call.most_tiles(max_entries)
     early_blocks = plan.blocks // _BLOCKS_PER_EARLY_ONE if plan.merge.overlaps and tiles <= _SHORT_CALL_TILES else 0
     blocks = min(plan.blocks - early_blocks, tiles)
-    outputs = (out.data_ptr(), *out.stride(), *_optional(scores_out))
-    plan.score.launch(
-        (blocks, 1, 1), *call.operands(view.max_entries), top_k, by_score, as_slots, *outputs, workspace.data_ptr()
-    )
+    scores = (0, 0, 0) if scores_out is None else (scores_out.data_ptr(), *scores_out.stride())
+    outputs = (out.data_ptr(), *out.stride(), *scores)
+    address = workspace.data_ptr()
+    plan.score.launch((blocks, 1, 1), *call.operands(max_entries), top_k, by_score, as_slots, *outputs, address)
     if blocks > 1:
         plan.merge.launch(
             (blocks, plan.shape.queries, 1),
@@ -229,13 +229,14 @@ def score_topk(
             view.block_table.data_ptr(),
             *view.block_table.stride(),
             view.num_seqs,
-            *call.seq_ids_arguments(),
+            *call.seq_ids_arguments,
             *outputs,
             early_blocks,
-            workspace.data_ptr(),
+            address,
         )
 
 
+@torch.no_grad()
 def index_scores(
     q: Tensor | QuantizedQuery,
     weights: Tensor,
@@ -249,7 +250,7 @@ def index_scores(
     call = _Call("index_scores", q, weights, view, valid_lens, seq_ids)
     out.fill_(-torch.inf)
     width = min(view.max_entries, out.shape[1])
-    if len(weights) == 0 or width == 0:
+    if call.num_tokens == 0 or width == 0:
         return
     plan = call.plan(0, engine)
     blocks = min(plan.blocks, call.most_tiles(width))
@@ -503,35 +504,38 @@ class _Call:
                 f"{op}: on a GPU block_stride must be at most {MAX_STRIDE} bytes, got {view.schema.stride}"
             )
         self.view = view
+        self.num_tokens, self.num_heads = weights.shape
         if isinstance(q, QuantizedQuery):
             self.query_format, data, scale, self.global_scale = q.format, q.data, q.scale, q.global_scale
         else:
             self.query_format, data, scale, self.global_scale = _PLAIN_QUERIES[q.dtype], q, None, 1.0
         self.data, self.weights, self.valid_lens = _aligned(data), weights.contiguous(), valid_lens.contiguous()
         self.scale = None if scale is None else _aligned(scale)
-        self.seq_ids = None if seq_ids is None else seq_ids.contiguous()
+        self.seq_ids = None if seq_ids is None else seq_ids.contiguous()  # held until it has been launched
+        self.seq_ids_arguments = (
+            (0, False) if self.seq_ids is None else (self.seq_ids.data_ptr(), self.seq_ids.dtype == torch.int64)
+        )
 
     def plan(self, top_k: int, engine: str) -> _Plan:
         """What to launch; top_k 0: dense scores."""
-        schema, num_heads = self.view.schema, self.weights.shape[1]
-        device_index = self.view.storage.device.index
-        return _plan(schema, self.query_format, num_heads, self._queries_per_seq(), top_k, engine, device_index)
+        view = self.view
+        wanted = self._queries_per_seq()
+        return _plan(view.schema, self.query_format, self.num_heads, wanted, top_k, engine, view.device.index)
 
     def most_tiles(self, max_entries: int) -> int:
         """Tiles of entries that the call can have, by its shapes."""
-        return len(self.weights) * -(-max_entries // _HALF_ENTRIES)
+        return self.num_tokens * -(-max_entries // _HALF_ENTRIES)
 
     def operands(self, max_entries: int) -> tuple[float, ...]:
         view = self.view
-        num_tokens, num_heads = self.weights.shape
         return (
             self.data.data_ptr(),
             0 if self.scale is None else self.scale.data_ptr(),
             _QUERY_FORMATS.index(self.query_format),
             self.global_scale,
             self.weights.data_ptr(),
-            num_tokens,
-            num_heads,
+            self.num_tokens,
+            self.num_heads,
             view.storage.data_ptr(),
             view.schema.stride,
             view.num_blocks,
@@ -541,18 +545,15 @@ class _Call:
             view.num_seqs,
             max_entries,
             self.valid_lens.data_ptr(),
-            *self.seq_ids_arguments(),
+            *self.seq_ids_arguments,
         )
 
     def _queries_per_seq(self) -> int:
         """Queries per block that suit the call, from its shapes: 1, 2, 4 or 16."""
         if self.seq_ids is None:
             return 1
-        average = -(-len(self.weights) // max(self.view.num_seqs, 1))
-        return next((n for n in (1, 2, 4) if average <= n), 16)
-
-    def seq_ids_arguments(self) -> tuple[int, int]:
-        return (0, 0) if self.seq_ids is None else (self.seq_ids.data_ptr(), self.seq_ids.dtype == torch.int64)
+        average = -(-self.num_tokens // max(self.view.num_seqs, 1))
+        return _WANTED[average] if average < len(_WANTED) else _MOST_WANTED
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -561,5 +562,9 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 
-def _optional(scores_out: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if scores_out is None else (scores_out.data_ptr(), scores_out.stride(0), scores_out.stride(1))
+@torch.no_grad()
+def _fill_with_nothing(out: Tensor, scores_out: Tensor | None) -> None:
+    """What rows without entries get."""
+    out.fill_(-1)
+    if scores_out is not None:
+        scores_out.fill_(-torch.inf)
