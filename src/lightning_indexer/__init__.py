@@ -1,5 +1,6 @@
 """DeepSeek-V4's lightning indexer: score paged keys, keep the top k, gather them, attend."""
 
+from lightning_indexer import torch_library as torch_library  # registers torch.ops.lightning_indexer
 from lightning_indexer.cache.handle import LayerCacheHandle
 from lightning_indexer.cache.pool import OutOfBlocks, PagedPool
 from lightning_indexer.cache.schema import CacheSchema

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_indexer.cache.view import IndexerView
 from lightning_indexer.cpu.operands import Operand, fold_weights, key_operand, query_operand
+from lightning_indexer.precision import full_float32
 from lightning_indexer.query import QuantizedQuery
 from lightning_indexer.selection import EMPTY, fill_keys, key_indices, key_scores, order_by_index
 
@@ -83,6 +84,8 @@ class Scratch:
         return cls(**buffers)
 
 
+@torch.no_grad()
+@full_float32()
 def index_scores(
     q: Tensor | QuantizedQuery, weights: Tensor, view: IndexerView, valid_lens: Tensor, seq_ids: Tensor, out: Tensor
 ) -> None:
@@ -100,6 +103,8 @@ def index_scores(
                     out[group.rows.start + row, start : start + end] = scores[row, :end]
 
 
+@torch.no_grad()
+@full_float32()
 def score_topk(
     q: Tensor | QuantizedQuery,
     weights: Tensor,

@@ -1,17 +1,20 @@
 """Quantise entries and write them into their slots."""
 
+import functools
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from lightning_indexer import reference
-from lightning_indexer.cache.view import PagedView
+from lightning_indexer.cache.view import PagedView, check_view
 from lightning_indexer.checks import check_choice, check_range, check_tensor, choose_impl
 from lightning_indexer.formats import ROUNDINGS, quantize
+from lightning_indexer.tracing import is_traced, view_parts
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
-@torch.no_grad()
 def append_entries(
     entries: Tensor,
     view: PagedView,
@@ -33,27 +36,45 @@ def append_entries(
         impl: "auto", "cpu", "cuda" (one kernel; head_dim up to 2,048; a NaN stored as bf16 gets one fixed pattern) or
             "reference". All write the same bytes otherwise.
     """
+    if is_traced():
+        torch.ops.lightning_indexer.append_entries(
+            entries, *view_parts("append_entries", view, PagedView), slots, rounding, validate, impl
+        )
+    else:
+        eager_append_entries(entries, view, slots, rounding, validate, impl)
+
+
+def eager_append_entries(
+    entries: Tensor, view: PagedView, slots: Tensor, rounding: str, validate: bool | None, impl: str
+) -> None:
+    """`append_entries`, unseen by torch's dispatcher."""
     op = "append_entries"
-    if not isinstance(view, PagedView):
-        raise TypeError(f"{op}: view must be an IndexerView or a KVView, got {type(view).__name__}")
+    check_view(op, view, PagedView)
     impl = choose_impl(op, impl, view.device, has_cuda=True)
     check_choice(op, "rounding", rounding, ROUNDINGS)
     check_tensor(op, "entries", entries, dtype=_DTYPES, shape=("N", view.schema.dim), device=view.device)
-    shape = (len(entries),)
+    shape = entries.shape[:1]
     check_tensor(op, "slots", slots, dtype=(torch.int64, torch.int32), shape=shape, device=view.device)
     num_slots = view.num_blocks * view.schema.entries_per_block
-    if validate if validate is not None else view.device.type == "cpu":
+    if validate if validate is not None else view.storage.is_cpu:
         check_range(op, "slots", slots, -1, num_slots - 1)
-    if impl == "reference":
-        reference.append_entries(entries, view, slots, rounding=rounding)
-    elif impl == "cuda":
-        from lightning_indexer.cuda.append import append_entries as cuda_append_entries
-
-        cuda_append_entries(entries, view, slots, rounding)
+    if impl == "cuda":
+        _cuda().append_entries(entries, view, slots, rounding)
+    elif impl == "reference":
+        with torch.no_grad():
+            reference.append_entries(entries, view, slots, rounding=rounding)
     else:
         _append(entries, view, slots, rounding, num_slots)
 
 
+@functools.cache
+def _cuda() -> ModuleType:
+    from lightning_indexer.cuda import append
+
+    return append
+
+
+@torch.no_grad()
 def _append(entries: Tensor, view: PagedView, slots: Tensor, rounding: str, num_slots: int) -> None:
     written = (slots >= 0) & (slots < num_slots)
     slots = slots[written].long()

@@ -6,12 +6,11 @@ from torch import Tensor
 from lightning_indexer import reference
 from lightning_indexer.checks import check_tensor, choose_impl
 from lightning_indexer.precision import full_float32
+from lightning_indexer.tracing import is_traced
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
-@torch.no_grad()
-@full_float32()
 def sparse_attention(
     q: Tensor,
     kv_selected: Tensor,
@@ -39,6 +38,26 @@ def sparse_attention(
         lse: fp32 [T, H], log-sum-exp without the sink (so that parts can be merged and the sink applied once);
             -inf with no valid row, where FlashMLA reports +inf.
     """
+    if not is_traced():
+        return eager_sparse_attention(q, kv_selected, kv_window, valid, sink, softmax_scale, impl)
+    results: tuple[Tensor, Tensor] = torch.ops.lightning_indexer.sparse_attention(
+        q, kv_selected, kv_window, valid, sink, softmax_scale, impl
+    )
+    return results
+
+
+@torch.no_grad()
+@full_float32()
+def eager_sparse_attention(
+    q: Tensor,
+    kv_selected: Tensor,
+    kv_window: Tensor,
+    valid: Tensor,
+    sink: Tensor | None,
+    softmax_scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """`sparse_attention`, unseen by torch's dispatcher."""
     op = "sparse_attention"
     check_tensor(op, "q", q, dtype=_DTYPES, shape=("T", "H", "D"))
     impl = choose_impl(op, impl, q.device, has_cuda=True)

@@ -1,15 +1,20 @@
 """Read the selected KV entries into dense rows for attention."""
 
+import functools
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from lightning_indexer import reference
-from lightning_indexer.cache.view import KVView
+from lightning_indexer.cache.view import KVView, check_view
 from lightning_indexer.checks import check_range, check_tensor, choose_impl
 from lightning_indexer.formats import dequantize
+from lightning_indexer.tracing import is_traced, view_parts
+
+_INT_DTYPES = (torch.int32, torch.int64)
 
 
-@torch.no_grad()
 def gather_kv(
     view: KVView,
     indices: Tensor,
@@ -34,44 +39,71 @@ def gather_kv(
     Returns:
         [T, k, D] bf16 (fp32 where the cache is "fp32"); D is 512 in the model.
     """
-    op = "gather_kv"
-    if not isinstance(view, KVView):
-        raise TypeError(f"{op}: view must be a KVView, got {type(view).__name__}")
-    impl = choose_impl(op, impl, view.device, has_cuda=True)
-    int_dtypes = (torch.int32, torch.int64)
-    check_tensor(op, "indices", indices, dtype=int_dtypes, shape=("T", "k"), device=view.device)
-    num_tokens = len(indices)
-    if seq_ids is None:
-        if num_tokens > view.num_seqs:
-            raise ValueError(
-                f"{op}: without seq_ids query t uses row t of block_table, which has {view.num_seqs} rows "
-                f"for {num_tokens} queries (pass seq_ids)"
-            )
-        seq_ids = torch.arange(num_tokens, device=view.device)
-    check_tensor(op, "seq_ids", seq_ids, dtype=int_dtypes, shape=(num_tokens,), device=view.device)
-    dtype = torch.float32 if view.schema.format == "fp32" else torch.bfloat16
-    shape = (*indices.shape, view.schema.dim)
+    if not is_traced():
+        return eager_gather_kv(view, indices, seq_ids, out, validate, impl)
+    parts = view_parts("gather_kv", view, KVView)
     if out is None:
-        out = torch.empty(shape, dtype=dtype, device=view.device)
-    check_tensor(op, "out", out, dtype=dtype, shape=shape, device=view.device)
-    if validate if validate is not None else view.device.type == "cpu":
-        check_range(op, "seq_ids", seq_ids, 0, view.num_seqs - 1)
-        check_range(op, "indices", indices, torch.iinfo(torch.int32).min, view.max_entries - 1)
-        if view.max_entries:
-            _check_block_ids(op, view, seq_ids, indices)
-    if impl == "cuda":
-        from lightning_indexer.cuda.gather import gather_kv as cuda_gather_kv
+        out = torch.empty(*indices.shape, view.schema.dim, dtype=_out_dtype(view), device=view.device)
+    torch.ops.lightning_indexer.gather_kv(*parts, indices, seq_ids, out, validate, impl)
+    return out
 
-        cuda_gather_kv(view, seq_ids, indices, out)
-        return out
+
+def eager_gather_kv(
+    view: KVView, indices: Tensor, seq_ids: Tensor | None, out: Tensor | None, validate: bool | None, impl: str
+) -> Tensor:
+    """`gather_kv`, unseen by torch's dispatcher."""
+    op = "gather_kv"
+    check_view(op, view, KVView)
+    device = view.device
+    impl = choose_impl(op, impl, device, has_cuda=True)
+    check_tensor(op, "indices", indices, dtype=_INT_DTYPES, shape=("T", "k"), device=device)
+    num_tokens, top_k = indices.shape
+    if seq_ids is not None:
+        check_tensor(op, "seq_ids", seq_ids, dtype=_INT_DTYPES, shape=(num_tokens,), device=device)
+    elif num_tokens > view.num_seqs:
+        raise ValueError(
+            f"{op}: without seq_ids query t uses row t of block_table, which has {view.num_seqs} rows "
+            f"for {num_tokens} queries (pass seq_ids)"
+        )
+    shape, dtype = (num_tokens, top_k, view.schema.dim), _out_dtype(view)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=device)
+    check_tensor(op, "out", out, dtype=dtype, shape=shape, device=device)
+    if validate if validate is not None else view.storage.is_cpu:
+        _check_values(op, view, _seq_ids(seq_ids, indices), indices)
+    if impl == "cuda":
+        _cuda().gather_kv(view, seq_ids, indices, out)
+    else:
+        _gather_in_torch(view, _seq_ids(seq_ids, indices), indices, out, impl)
+    return out
+
+
+def _out_dtype(view: KVView) -> torch.dtype:
+    return torch.float32 if view.schema.format == "fp32" else torch.bfloat16
+
+
+def _seq_ids(seq_ids: Tensor | None, indices: Tensor) -> Tensor:
+    """With the default filled in: query t uses row t. (The kernel does this itself.)"""
+    return torch.arange(len(indices), device=indices.device) if seq_ids is None else seq_ids
+
+
+@functools.cache
+def _cuda() -> ModuleType:
+    from lightning_indexer.cuda import gather
+
+    return gather
+
+
+@torch.no_grad()
+def _gather_in_torch(view: KVView, seq_ids: Tensor, indices: Tensor, out: Tensor, impl: str) -> None:
     if view.max_entries == 0 or out.numel() == 0:
-        return out.zero_()
+        out.zero_()
+        return
     seq_ids, indices = seq_ids.clamp(0, view.num_seqs - 1), indices.clamp(max=view.max_entries - 1)
     if impl == "reference":
-        out.copy_(reference.gather_kv(view, indices, seq_ids=seq_ids, dtype=dtype))
+        out.copy_(reference.gather_kv(view, indices, seq_ids=seq_ids, dtype=out.dtype))
     else:
         _gather(view, view.slots(seq_ids, indices), out)
-    return out
 
 
 def _gather(view: KVView, slots: Tensor, out: Tensor) -> None:
@@ -85,7 +117,12 @@ def _gather(view: KVView, slots: Tensor, out: Tensor) -> None:
     out.copy_(rows[where])
 
 
-def _check_block_ids(op: str, view: KVView, seq_ids: Tensor, indices: Tensor) -> None:
+def _check_values(op: str, view: KVView, seq_ids: Tensor, indices: Tensor) -> None:
+    """Raise ValueError for a sequence, an index or a block id out of range."""
+    check_range(op, "seq_ids", seq_ids, 0, view.num_seqs - 1)
+    check_range(op, "indices", indices, torch.iinfo(torch.int32).min, view.max_entries - 1)
+    if view.max_entries == 0:
+        return
     block = indices.clamp_min(0).long() // view.schema.entries_per_block
     ids = view.block_table[seq_ids.long().unsqueeze(-1), block]
     check_range(op, "block_table", torch.where(indices < 0, 0, ids), 0, view.num_blocks - 1)

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from lightning_indexer.checks import check_tensor, choose_impl
 from lightning_indexer.selection import EMPTY, candidate_keys, key_indices, key_scores
+from lightning_indexer.tracing import is_traced
 
 # Newer torch has the first and warns about the second.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-@torch.no_grad()
 def merge_topk(
     indices: Tensor,
     scores: Tensor,
@@ -46,6 +46,17 @@ def merge_topk(
         indices: int32 [T, top_k], ordered by score (descending, ties by index), -1 where there are fewer.
         scores: fp32 [T, top_k], -inf there.
     """
+    if group is None and is_traced():
+        best: tuple[Tensor, Tensor] = torch.ops.lightning_indexer.merge_topk(indices, scores, top_k)
+        return best
+    return eager_merge_topk(indices, scores, top_k, group)
+
+
+@torch.no_grad()
+def eager_merge_topk(
+    indices: Tensor, scores: Tensor, top_k: int, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
+    """`merge_topk`, unseen by torch's dispatcher."""
     op = "merge_topk"
     check_tensor(op, "indices", indices, dtype=torch.int32, shape=("T", "C"))
     check_tensor(op, "scores", scores, dtype=torch.float32, shape=tuple(indices.shape), device=indices.device)

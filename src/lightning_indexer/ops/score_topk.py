@@ -1,5 +1,6 @@
 """Score every cached entry against each query and keep the best: `score_topk`, and its dense twin `index_scores`."""
 
+import functools
 from types import ModuleType
 from typing import Literal, overload
 
@@ -7,17 +8,18 @@ import torch
 from torch import Tensor
 
 from lightning_indexer import reference
-from lightning_indexer.cache.view import IndexerView
+from lightning_indexer.cache.view import IndexerView, check_view
 from lightning_indexer.checks import check_choice, check_range, check_tensor, choose_impl
 from lightning_indexer.precision import full_float32
 from lightning_indexer.query import QuantizedQuery
+from lightning_indexer.tracing import is_traced, query_parts, view_parts
 
 MAX_HEADS = 128
 MAX_TOP_K = 4096
 
+_ORDERS, _OUTPUTS = ("index", "score"), ("entry", "slot")
 
-@torch.no_grad()
-@full_float32()
+
 def index_scores(
     q: Tensor | QuantizedQuery,
     weights: Tensor,
@@ -40,6 +42,21 @@ def index_scores(
     Returns:
         fp32 [T, max_len]: -inf beyond each row's length, NaN where the operands make one, never -0.
     """
+    run = _index_scores_through_torch if is_traced() else eager_index_scores
+    return run(q, weights, view, valid_lens, seq_ids, out, validate, impl)
+
+
+def eager_index_scores(
+    q: Tensor | QuantizedQuery,
+    weights: Tensor,
+    view: IndexerView,
+    valid_lens: Tensor,
+    seq_ids: Tensor | None,
+    out: Tensor | None,
+    validate: bool | None,
+    impl: str,
+) -> Tensor:
+    """`index_scores`, unseen by torch's dispatcher."""
     op = "index_scores"
     _check_operands(op, q, weights, view, valid_lens, seq_ids)
     impl = choose_impl(op, impl, view.device, has_cuda=True)
@@ -57,8 +74,7 @@ def index_scores(
     if out.shape[1] < longest:
         raise ValueError(f"{op}: out must have at least max(valid_lens) = {longest} columns, got {out.shape[1]}")
     if impl == "reference":
-        width = out.shape[1]
-        out.copy_(reference.index_scores(q, weights, view, valid_lens=valid_lens, seq_ids=seq_ids, max_len=width))
+        _reference_scores(q, weights, view, valid_lens, seq_ids, out)
     else:
         _streaming(impl).index_scores(q, weights, view, valid_lens, seq_ids, out)
     return out
@@ -104,8 +120,6 @@ def score_topk(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@torch.no_grad()
-@full_float32()
 def score_topk(
     q: Tensor | QuantizedQuery,
     weights: Tensor,
@@ -151,23 +165,61 @@ def score_topk(
         int32 [T, top_k], -1 where there are fewer entries; with return_scores also fp32 [T, top_k], -inf there (and
         for NaN).
     """
+    run = _score_topk_through_torch if is_traced() else eager_score_topk
+    return run(
+        q,
+        weights,
+        view,
+        top_k,
+        valid_lens,
+        seq_ids,
+        order,
+        output,
+        return_scores,
+        out,
+        scores_out,
+        workspace,
+        validate,
+        impl,
+    )
+
+
+def eager_score_topk(
+    q: Tensor | QuantizedQuery,
+    weights: Tensor,
+    view: IndexerView,
+    top_k: int,
+    valid_lens: Tensor,
+    seq_ids: Tensor | None,
+    order: str,
+    output: str,
+    return_scores: bool,
+    out: Tensor | None,
+    scores_out: Tensor | None,
+    workspace: Tensor | None,
+    validate: bool | None,
+    impl: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`score_topk`, unseen by torch's dispatcher."""
     op = "score_topk"
-    _check_operands(op, q, weights, view, valid_lens, seq_ids)
-    impl = choose_impl(op, impl, view.device, has_cuda=True)
-    check_choice(op, "order", order, ("index", "score"))
-    check_choice(op, "output", output, ("entry", "slot"))
+    num_tokens, num_heads = _check_operands(op, q, weights, view, valid_lens, seq_ids)
+    device = view.device
+    impl = choose_impl(op, impl, device, has_cuda=True)
+    check_choice(op, "order", order, _ORDERS)
+    check_choice(op, "output", output, _OUTPUTS)
     _check_top_k(op, top_k)
-    shape = (len(weights), top_k)
-    for name, tensor, dtype in (("out", out, torch.int32), ("scores_out", scores_out, torch.float32)):
-        if tensor is not None:
-            check_tensor(op, name, tensor, dtype=dtype, shape=shape, device=view.device)
-    workspace = _check_workspace(op, workspace, weights.shape[1], view, top_k)
+    shape = (num_tokens, top_k)
+    if out is not None:
+        check_tensor(op, "out", out, dtype=torch.int32, shape=shape, device=device)
+    if scores_out is not None:
+        check_tensor(op, "scores_out", scores_out, dtype=torch.float32, shape=shape, device=device)
+    workspace = _check_workspace(op, workspace, num_heads, view, top_k)
     if _wants_checks(validate, view):
         _check_rows(op, view, valid_lens, seq_ids)
     if out is None:
-        out = torch.empty(shape, dtype=torch.int32, device=view.device)
+        out = torch.empty(shape, dtype=torch.int32, device=device)
     if return_scores and scores_out is None:
-        scores_out = torch.empty(shape, dtype=torch.float32, device=view.device)
+        scores_out = torch.empty(shape, dtype=torch.float32, device=device)
     by_score, as_slots = order == "score", output == "slot"
     if impl == "reference":
         rows = _clamp_rows(view, valid_lens, seq_ids)
@@ -187,10 +239,42 @@ def score_topk(
             scores_out=scores_out,
             workspace=workspace,
         )
-    if return_scores:
-        assert scores_out is not None, "allocated above"
-        return out, scores_out
-    return out
+    return _results(out, scores_out, return_scores)
+
+
+def _score_topk_through_torch(
+    q: Tensor | QuantizedQuery,
+    weights: Tensor,
+    view: IndexerView,
+    top_k: int,
+    valid_lens: Tensor,
+    seq_ids: Tensor | None,
+    order: str,
+    output: str,
+    return_scores: bool,
+    out: Tensor | None,
+    scores_out: Tensor | None,
+    workspace: Tensor | None,
+    validate: bool | None,
+    impl: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    parts = (*query_parts(q), weights, *view_parts("score_topk", view, IndexerView))
+    _check_top_k("score_topk", top_k)
+    shape = (weights.shape[0], top_k)
+    if out is None:
+        out = torch.empty(shape, dtype=torch.int32, device=view.device)
+    if return_scores and scores_out is None:
+        scores_out = torch.empty(shape, dtype=torch.float32, device=view.device)
+    tensors = (valid_lens, seq_ids, out, scores_out, workspace)
+    torch.ops.lightning_indexer.score_topk(*parts, *tensors, top_k, order, output, validate, impl)
+    return _results(out, scores_out, return_scores)
+
+
+def _results(out: Tensor, scores_out: Tensor | None, return_scores: bool) -> Tensor | tuple[Tensor, Tensor]:
+    if not return_scores:
+        return out
+    assert scores_out is not None, "allocated where it is returned"
+    return out, scores_out
 
 
 def score_topk_workspace_bytes(*, num_heads: int, head_dim: int, top_k: int, device: torch.device | str = "cpu") -> int:
@@ -215,6 +299,35 @@ def score_topk_workspace_bytes(*, num_heads: int, head_dim: int, top_k: int, dev
     return Scratch.nbytes(num_heads, head_dim, top_k)
 
 
+def _index_scores_through_torch(
+    q: Tensor | QuantizedQuery,
+    weights: Tensor,
+    view: IndexerView,
+    valid_lens: Tensor,
+    seq_ids: Tensor | None,
+    out: Tensor | None,
+    validate: bool | None,
+    impl: str,
+) -> Tensor:
+    parts = (*query_parts(q), weights, *view_parts("index_scores", view, IndexerView))
+    if out is None:
+        longest = min(max(int(valid_lens.max()), 0), view.max_entries) if len(valid_lens) else 0
+        out = torch.empty(weights.shape[0], longest, dtype=torch.float32, device=view.device)
+    torch.ops.lightning_indexer.index_scores(*parts, valid_lens, seq_ids, out, validate, impl)
+    return out
+
+
+@torch.no_grad()
+@full_float32()
+def _reference_scores(
+    q: Tensor | QuantizedQuery, weights: Tensor, view: IndexerView, valid_lens: Tensor, seq_ids: Tensor, out: Tensor
+) -> None:
+    width = out.shape[1]
+    out.copy_(reference.index_scores(q, weights, view, valid_lens=valid_lens, seq_ids=seq_ids, max_len=width))
+
+
+@torch.no_grad()
+@full_float32()
 def _reference(
     q: Tensor | QuantizedQuery,
     weights: Tensor,
@@ -239,6 +352,7 @@ def _reference(
         out[t] = view.slots(seq_ids[t : t + 1], best.unsqueeze(0))[0] if as_slots else best
 
 
+@functools.cache
 def _streaming(impl: str) -> ModuleType:
     """The module of "cpu" or "cuda", which have the same two functions."""
     if impl == "cuda":
@@ -257,37 +371,37 @@ def _check_operands(
     view: IndexerView,
     valid_lens: Tensor,
     seq_ids: Tensor | None,
-) -> None:
-    """Check everything that shapes and dtypes tell."""
-    if not isinstance(view, IndexerView):
-        raise TypeError(f"{op}: view must be an IndexerView, got {type(view).__name__}")
-    check_tensor(op, "weights", weights, dtype=torch.float32, shape=("T", "H"), device=view.device)
+) -> tuple[int, int]:
+    """Check everything that shapes and dtypes tell. Returns T and H."""
+    check_view(op, view, IndexerView)
+    device = view.device
+    check_tensor(op, "weights", weights, dtype=torch.float32, shape=("T", "H"), device=device)
     num_tokens, num_heads = weights.shape
     _check_heads(op, "weights", num_heads)
     q_shape = (num_tokens, num_heads, view.schema.dim)
     if isinstance(q, QuantizedQuery):
-        if tuple(q.shape) != q_shape or q.device != view.device:
+        if q.shape != q_shape or q.device != device:
             raise ValueError(
-                f"{op}: q must be a QuantizedQuery of shape {list(q_shape)} on {view.device}, "
+                f"{op}: q must be a QuantizedQuery of shape {list(q_shape)} on {device}, "
                 f"got {list(q.shape)} on {q.device}"
             )
     else:
         dtypes = (torch.float32, torch.bfloat16, torch.float16)
-        check_tensor(op, "q", q, dtype=dtypes, shape=q_shape, device=view.device)
-    check_tensor(op, "valid_lens", valid_lens, dtype=torch.int32, shape=(num_tokens,), device=view.device)
-    if seq_ids is None:
-        if num_tokens > view.num_seqs:
-            raise ValueError(
-                f"{op}: without seq_ids query t uses row t of block_table, which has {view.num_seqs} rows "
-                f"for {num_tokens} queries (pass seq_ids)"
-            )
-        return
-    check_tensor(op, "seq_ids", seq_ids, dtype=(torch.int32, torch.int64), shape=(num_tokens,), device=view.device)
+        check_tensor(op, "q", q, dtype=dtypes, shape=q_shape, device=device)
+    check_tensor(op, "valid_lens", valid_lens, dtype=torch.int32, shape=(num_tokens,), device=device)
+    if seq_ids is not None:
+        check_tensor(op, "seq_ids", seq_ids, dtype=(torch.int32, torch.int64), shape=(num_tokens,), device=device)
+    elif num_tokens > view.num_seqs:
+        raise ValueError(
+            f"{op}: without seq_ids query t uses row t of block_table, which has {view.num_seqs} rows "
+            f"for {num_tokens} queries (pass seq_ids)"
+        )
+    return num_tokens, num_heads
 
 
 def _wants_checks(validate: bool | None, view: IndexerView) -> bool:
     """Whether to look at what the tensors hold, which on a GPU waits for the device."""
-    return validate if validate is not None else view.device.type == "cpu"
+    return validate if validate is not None else view.storage.is_cpu
 
 
 def _check_rows(op: str, view: IndexerView, valid_lens: Tensor, seq_ids: Tensor | None) -> None:
@@ -322,12 +436,19 @@ def _check_top_k(op: str, top_k: int) -> None:
 
 
 def _check_workspace(op: str, workspace: Tensor | None, num_heads: int, view: IndexerView, top_k: int) -> Tensor:
-    needed = score_topk_workspace_bytes(num_heads=num_heads, head_dim=view.schema.dim, top_k=top_k, device=view.device)
+    device = view.device
+    needed = _workspace_bytes(num_heads, view.schema.dim, top_k, device)
     if workspace is None:
-        return torch.empty(needed, dtype=torch.uint8, device=view.device)
-    check_tensor(op, "workspace", workspace, dtype=torch.uint8, shape=("bytes",), device=view.device)
-    if len(workspace) < needed:
+        return torch.empty(needed, dtype=torch.uint8, device=device)
+    check_tensor(op, "workspace", workspace, dtype=torch.uint8, shape=("bytes",), device=device)
+    if workspace.shape[0] < needed:
         raise ValueError(f"{op}: workspace must have at least {needed} bytes, got {len(workspace)}")
     if not workspace.is_contiguous() or workspace.data_ptr() % 64:
         raise ValueError(f"{op}: workspace must be contiguous and 64-byte aligned, got stride {workspace.stride()}")
     return workspace
+
+
+@functools.cache
+def _workspace_bytes(num_heads: int, head_dim: int, top_k: int, device: torch.device) -> int:
+    """`device` is a tensor's, which has an index where there are several."""
+    return score_topk_workspace_bytes(num_heads=num_heads, head_dim=head_dim, top_k=top_k, device=device)

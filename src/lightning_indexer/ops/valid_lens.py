@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_indexer.checks import check_range, check_tensor
+from lightning_indexer.tracing import is_traced
 
 _INT_DTYPES = (torch.int32, torch.int64)
 
@@ -19,6 +20,14 @@ def visible_entries(positions: Tensor, compress_ratio: int) -> Tensor:
     Returns:
         int32, same shape.
     """
+    if is_traced():
+        visible: Tensor = torch.ops.lightning_indexer.visible_entries(positions, compress_ratio)
+        return visible
+    return eager_visible_entries(positions, compress_ratio)
+
+
+def eager_visible_entries(positions: Tensor, compress_ratio: int) -> Tensor:
+    """`visible_entries`, unseen by torch's dispatcher."""
     check_tensor("visible_entries", "positions", positions, dtype=_INT_DTYPES, shape=_any_shape(positions))
     _check_positive("visible_entries", "compress_ratio", compress_ratio)
     if positions.device.type == "cpu":
@@ -35,6 +44,14 @@ def compute_valid_lens(block_lens: Tensor, entries_per_block: int) -> Tensor:
     Returns:
         int32, same shape.
     """
+    if is_traced():
+        lens: Tensor = torch.ops.lightning_indexer.compute_valid_lens(block_lens, entries_per_block)
+        return lens
+    return eager_compute_valid_lens(block_lens, entries_per_block)
+
+
+def eager_compute_valid_lens(block_lens: Tensor, entries_per_block: int) -> Tensor:
+    """`compute_valid_lens`, unseen by torch's dispatcher."""
     check_tensor("compute_valid_lens", "block_lens", block_lens, dtype=_INT_DTYPES, shape=_any_shape(block_lens))
     _check_positive("compute_valid_lens", "entries_per_block", entries_per_block)
     if block_lens.device.type == "cpu":
