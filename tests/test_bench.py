@@ -257,6 +257,10 @@ class Desk:
         self.timed += 1
         return gpu.Spread((90.0, 100.0, 120.0))
 
+    def host(self, run: Callable[[], object], took_us: float) -> gpu.Spread:
+        run()
+        return gpu.Spread((took_us / 8,))
+
     def peak_extra_bytes(self, run: Callable[[], object]) -> int:
         run()
         return 7
@@ -303,6 +307,7 @@ def test_cuda_records_lines_table_and_plot(tmp_path):
     console = Console(width=120, file=io.StringIO())
     console.print(screen.table(records))
     text = console.file.getvalue()
+    assert all(record["host_us"]["median"] == 12.5 for record in records) and text.count("12.5 us") == len(records)
     assert "missed 80 %" in text and "floor 200 us" in text and "append 100, mxfp4, random" in text
     plot.plot(records, tmp_path / "cuda.png")
     assert (tmp_path / "cuda.png").read_bytes().startswith(b"\x89PNG")

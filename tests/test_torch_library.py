@@ -85,7 +85,7 @@ class Step:
 
     def copy(self) -> "Step":
         """With storage of its own."""
-        device = self.q.device.type
+        device = str(self.q.device)
         keys, kv = (replace(view, storage=copy_strided(view.storage, device)) for view in (self.keys, self.kv))
         return replace(self, keys=keys, kv=kv)
 
@@ -341,7 +341,7 @@ def append_and_score(step: Step, outputs: dict[str, Tensor]) -> Tensor:
 
 def check_nothing_is_copied(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled by the default backend: a pool fills most of a GPU, so that even one copy would be too many."""
-    device = step.q.device.type
+    device = str(step.q.device)
     chosen, wanted = given(5, device), given(5, device)
     want = append_and_score(step.copy(), wanted)
     found = addresses(monkeypatch)
@@ -467,22 +467,18 @@ def test_schemas_say_what_is_written(name: str) -> None:
     assert [x.name for x in arguments if x.alias_info is not None and x.alias_info.is_write] == WRITTEN[name]
 
 
-def test_operators_take_what_public_functions_take_and_give_the_same() -> None:
-    step = make_step()
-    outputs, wanted = given(5), given(5)
-    OPS.score_topk(*score_arguments(step, "mxfp4"), *outputs.values(), TOP_K, order="score", output="slot")
-    score_topk(
-        quantize_query(step.q, "mxfp4"),
-        step.weights,
-        step.keys,
-        top_k=TOP_K,
-        valid_lens=visible_entries(step.positions, RATIO),
-        seq_ids=step.seq_ids,
-        order="score",
-        output="slot",
-        **wanted,
-    )
-    assert_same(outputs["out"], wanted["out"], "indices")
+@pytest.mark.parametrize("query_format", ["mxfp4", "nvfp4", "fp8", None], ids=str)
+def test_operators_give_what_public_functions_give(query_format: str | None) -> None:
+    step, outputs, wanted = make_step(), given(5), given(5)
+    q = quantize_query(step.q, query_format) if query_format else step.q
+    if query_format == "nvfp4":
+        q = replace(q, global_scale=0.25)
+    lens = visible_entries(step.positions, RATIO)
+    parts = (*query_parts(q), step.weights, *view_parts("", step.keys, IndexerView))
+    OPS.score_topk(*parts, lens, step.seq_ids, *outputs.values(), TOP_K, order="score", output="slot")
+    options = {"top_k": TOP_K, "valid_lens": lens, "seq_ids": step.seq_ids, "order": "score", "output": "slot"}
+    score_topk(q, step.weights, step.keys, **options, **wanted)
+    assert_same(outputs["out"], wanted["out"], "slots")
     assert_same(outputs["scores_out"], wanted["scores_out"], "scores")
 
 

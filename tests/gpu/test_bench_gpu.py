@@ -39,6 +39,13 @@ def test_cold_is_slower_than_warm(gpu: Gpu) -> None:
     assert warm < cold, f"{warm:.1f} us warm, {cold:.1f} us cold"
 
 
+def test_the_host_does_not_wait_for_what_it_enqueues(gpu: Gpu) -> None:
+    cycles = 2_000_000
+    took = gpu.time(lambda: torch.cuda._sleep(cycles), graph=False, cold=False).median
+    assert gpu.host(lambda: torch.cuda._sleep(cycles), took).median < took / 5
+    assert gpu.host(torch.cuda.synchronize, 1.0).median > 0
+
+
 def test_peak_sees_what_comes_and_goes(gpu: Gpu) -> None:
     assert gpu.peak_extra_bytes(lambda: torch.empty(2**24, dtype=torch.uint8, device="cuda").sum()) >= 2**24
     held = torch.empty(2**20, device="cuda")
@@ -60,6 +67,7 @@ def test_bench_checks_times_and_draws(name: str, tmp_path: Path) -> None:
     assert records and all(name in record["case"] for record in records)
     for record in records:
         assert record["median_us"] > 0 and record["peak_given_bytes"] == 0, record
+        assert 0 < record["host_us"]["median"] < record["eager_cold_us"]["median"], record
         if record["kind"] == "decode":
             assert record["peak_alone_bytes"] >= record["output_bytes"]
             assert record["agreement"]["agreeing"] == record["agreement"]["choices"]

@@ -8,6 +8,7 @@ means that a buffer of several times the L2 cache was read since the last call; 
 import gc
 import importlib.metadata
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -20,6 +21,8 @@ _ASSUMED_L2_BYTES = 64 * 2**20  # where torch does not say
 _WAIT_CYCLES = 100_000  # about 60 us: more than the host needs to enqueue one replay
 _WARM_UPS = 3
 _FEWEST, _MOST = 10, 200
+_HOST_REPEATS, _HOST_BUDGET_S = 15, 0.05
+_MOST_QUEUED = 200  # calls of up to two launches; the host waits where a thousand are under way
 _CEILING_BYTES = 2 * 2**30
 _WHEELS = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 
@@ -77,6 +80,23 @@ class Gpu:
         once = median(self._series(step, warm_ups if fewest > 1 else 1, cold, idle=not graph))
         repeats = self.repeats or count_repeats(budget_s, once, fewest=fewest)
         return Spread(tuple(self._series(step, repeats, cold, idle=not graph)))
+
+    def host(self, run: Callable[[], object], took_us: float) -> Spread:
+        """Microseconds that an eager call keeps the host, from calls that are enqueued one after the other.
+
+        Args:
+            took_us: of one call on the device. Of slow calls fewer are enqueued, and never more than a queue holds.
+        """
+        calls = min(max(int(_HOST_BUDGET_S * 1e6 / took_us), 1), _MOST_QUEUED)
+        spans = []
+        for _ in range(self.repeats or _HOST_REPEATS):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            spans.append((time.perf_counter() - start) / calls * 1e6)
+        torch.cuda.synchronize()
+        return Spread(tuple(spans))
 
     def capture(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
         """A graph of one call."""

@@ -31,7 +31,7 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
     )
     result = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     result.add_column("case", no_wrap=True)
-    for name in ("cold", "warm", "eager", "rate", "target", "MiB", "two-step"):
+    for name in ("cold", "warm", "eager", "host", "rate", "target", "MiB", "two-step"):
         result.add_column(name, justify="right", no_wrap=True)
     for record in records:
         result.add_row(
@@ -39,13 +39,15 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
             readable_us(record["graph_cold_us"]["median"]),
             readable_us(record["graph_warm_us"]["median"]),
             readable_us(record["eager_cold_us"]["median"]),
+            readable_us(record["host_us"]["median"]),
             rates(record)[0],
             _target(record),
             _memory(record),
             _two_step(record),
         )
     result.caption = (
-        "cold, warm: CUDA-graph replay; eager: from an idle device, cold. MiB: what a call allocates with and without "
+        "cold, warm: CUDA-graph replay; eager: from an idle device, cold. host: what an eager call keeps "
+        "the host, of many in a row, with memory given. MiB: what a call allocates with and without "
         "memory given to it. two-step: plain PyTorch's time over ours."
     )
     result.caption_justify = "left"
