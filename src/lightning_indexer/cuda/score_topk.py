@@ -226,9 +226,7 @@ def score_topk(
             by_score,
             as_slots,
             view.num_blocks,
-            view.block_table.data_ptr(),
-            *view.block_table.stride(),
-            view.num_seqs,
+            *call.table_arguments,
             *call.seq_ids_arguments,
             *outputs,
             early_blocks,
@@ -512,6 +510,8 @@ class _Call:
         self.data, self.weights, self.valid_lens = _aligned(data), weights.contiguous(), valid_lens.contiguous()
         self.scale = None if scale is None else _aligned(scale)
         self.seq_ids = None if seq_ids is None else seq_ids.contiguous()  # held until it has been launched
+        table = view.block_table
+        self.table_arguments = (table.data_ptr(), *table.stride(), view.num_seqs)
         self.seq_ids_arguments = (
             (0, False) if self.seq_ids is None else (self.seq_ids.data_ptr(), self.seq_ids.dtype == torch.int64)
         )
@@ -540,9 +540,7 @@ class _Call:
             view.schema.stride,
             view.num_blocks,
             view.global_scale,
-            view.block_table.data_ptr(),
-            *view.block_table.stride(),
-            view.num_seqs,
+            *self.table_arguments,
             max_entries,
             self.valid_lens.data_ptr(),
             *self.seq_ids_arguments,
