@@ -20,15 +20,16 @@ def check_tensor(
     """Raise unless `tensor` has one of the dtypes, the shape (ints must match, strings name a free size) and device."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype is not dtype:  # most calls stop here: this runs a dozen times per op
+    if tensor.dtype is not dtype:  # in most calls it is; these checks are a good part of what a call costs the host
         dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
         if tensor.dtype not in dtypes:
             wanted = " or ".join(_dtype_name(d) for d in dtypes)
             remedy = f" (use {name}.to(torch.{_dtype_name(dtypes[0])}))" if len(dtypes) == 1 else ""
             raise TypeError(f"{op}: {name} must be {wanted}, got {_dtype_name(tensor.dtype)}{remedy}")
-    if tensor.shape != shape and not _fits(tensor.shape, shape):
+    got = tensor.shape
+    if got != shape and not _fits(got, shape):
         wanted = "[" + ", ".join(str(s) for s in shape) + "]"
-        raise ValueError(f"{op}: {name} must have shape {wanted}, got {list(tensor.shape)}")
+        raise ValueError(f"{op}: {name} must have shape {wanted}, got {list(got)}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{op}: {name} must be on {device}, got {tensor.device}")
 

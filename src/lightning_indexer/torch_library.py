@@ -192,7 +192,7 @@ def sparse_attention(
     return eager_sparse_attention(q, kv_selected, kv_window, valid, sink, softmax_scale, impl)
 
 
-# Plain torch, but not to be rewritten by a compiler: it would drop the addition of zero that makes -0 equal +0.
+# Plain torch, but kept whole: a compiler has no business in arithmetic on the bits of scores.
 @_operator("Tensor indices, Tensor scores, SymInt top_k", "(Tensor, Tensor)", fake=_merged)
 def merge_topk(indices: Tensor, scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return eager_merge_topk(indices, scores, top_k)

@@ -14,7 +14,6 @@ from test_torch_library import (
     assert_same,
     assert_same_step,
     check_nothing_is_copied,
-    check_ties_of_zeros,
     decode_step,
     given,
     make_step,
@@ -70,10 +69,6 @@ def test_a_step_compiled_by_the_default_backend() -> None:
 
 def test_the_default_backend_copies_neither_the_pool_nor_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     check_nothing_is_copied(make_step(device=DEVICE), monkeypatch)
-
-
-def test_the_default_backend_keeps_zeros_equal() -> None:
-    check_ties_of_zeros(DEVICE)
 
 
 def test_nothing_is_allocated_by_gathering_and_appending() -> None:
