@@ -24,7 +24,7 @@ from lightning_indexer.tracing import join_query, join_view
 
 NAMESPACE = "lightning_indexer"
 
-# `torch.library.custom_op` would do too, at 20 us per call and a millisecond of import time per operator.
+# `torch.library.custom_op` would do too, but adds some 20 us to every call of a compiled model (measured on a CPU).
 _library = Library(NAMESPACE, "DEF")
 
 _QUERY = "Tensor q, Tensor? q_scale, str? q_format, float q_global_scale"
