@@ -397,8 +397,9 @@ def samples(device: str = "cpu") -> dict[str, tuple[Callable, tuple]]:
         found[f"gather_kv-{format}-own-rows"] = ops.gather_kv.default, (*parts, indices, None, rows)
     step = make_step(device=device)
     scores, indices = step.weights, torch.arange(40, device=device, dtype=torch.int32).view(5, 8)
-    found["merge_topk"] = ops.merge_topk.default, (indices, scores, 3)
-    found["merge_topk-more-than-there-are"] = ops.merge_topk.default, (indices, scores, 11)
+    for name, top_k in (("merge_topk", 3), ("merge_topk-more-than-there-are", 11)):
+        outputs = indices.new_zeros(5, top_k), scores.new_zeros(5, top_k)
+        found[name] = ops.merge_topk.default, (indices, scores, *outputs)
     for sink in (None, torch.zeros(HEADS, device=device)):
         valid = torch.ones(5, 6, dtype=torch.bool, device=device)
         arguments = (
@@ -444,7 +445,7 @@ WRITTEN = {
     "gather_kv": ["out"],
     "index_scores": ["out"],
     "score_topk": ["out", "scores_out", "workspace"],
-    "merge_topk": [],
+    "merge_topk": ["out", "scores_out"],
     "sparse_attention": [],
     "visible_entries": [],
     "compute_valid_lens": [],
@@ -488,9 +489,9 @@ def test_nothing_has_a_gradient() -> None:
     step.q.requires_grad_(), step.weights.requires_grad_(), step.window.requires_grad_()
     for run in (decode_step, torch.compile(decode_step, fullgraph=True, backend="aot_eager")):
         assert not any(x.requires_grad for x in run(step.copy()))
-    operator, arguments = SAMPLES["merge_topk"]
-    indices, scores, top_k = arguments
-    assert not operator(indices, scores.clone().requires_grad_(), top_k)[1].requires_grad
+    operator, (indices, scores, *outputs) = SAMPLES["merge_topk"]
+    operator(indices, scores.clone().requires_grad_(), *outputs)
+    assert not outputs[1].requires_grad
 
 
 # --- tracing without values ---------------------------------------------------------------------------------------

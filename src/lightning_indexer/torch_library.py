@@ -42,11 +42,6 @@ def _like_integers(values: Tensor, _factor: int) -> Tensor:
     return torch.empty_like(values, dtype=torch.int32, memory_format=torch.contiguous_format)
 
 
-def _merged(indices: Tensor, scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    shape = (indices.shape[0], top_k)
-    return indices.new_empty(shape), scores.new_empty(shape)
-
-
 def _attended(q: Tensor, *_arguments: object, **_options: object) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -193,9 +188,9 @@ def sparse_attention(
 
 
 # Plain torch, but kept whole: a compiler has no business in arithmetic on the bits of scores.
-@_operator("Tensor indices, Tensor scores, SymInt top_k", "(Tensor, Tensor)", fake=_merged)
-def merge_topk(indices: Tensor, scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    return eager_merge_topk(indices, scores, top_k)
+@_operator("Tensor indices, Tensor scores, Tensor(a!) out, Tensor(b!) scores_out, str impl='auto'")
+def merge_topk(indices: Tensor, scores: Tensor, out: Tensor, scores_out: Tensor, impl: str = "auto") -> None:
+    eager_merge_topk(indices, scores, out, scores_out, impl)
 
 
 # These two check what their tensors hold, on a CPU, which a compiler cannot see through.

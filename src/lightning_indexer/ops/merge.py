@@ -46,41 +46,50 @@ def merge_topk(
         indices: int32 [T, top_k], ordered by score (descending, ties by index), -1 where there are fewer.
         scores: fp32 [T, top_k], -inf there.
     """
+    op = "merge_topk"
+    check_tensor(op, "indices", indices, dtype=torch.int32, shape=("T", "C"))
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
+        raise ValueError(f"{op}: top_k must be an int of at least 1, got {top_k!r}")
+    shape, device = (indices.shape[0], top_k), indices.device
+    for name, tensor, dtype in (("out", out, torch.int32), ("scores_out", scores_out, torch.float32)):
+        if tensor is not None:
+            check_tensor(op, name, tensor, dtype=dtype, shape=shape, device=device)
+    out = torch.empty(shape, dtype=torch.int32, device=device) if out is None else out
+    scores_out = torch.empty(shape, dtype=torch.float32, device=device) if scores_out is None else scores_out
     if group is None and is_traced():
-        best: tuple[Tensor, Tensor] = torch.ops.lightning_indexer.merge_topk(indices, scores, top_k)
-        return best
-    return eager_merge_topk(indices, scores, top_k, group)
+        torch.ops.lightning_indexer.merge_topk(indices, scores, out, scores_out, impl)
+    else:
+        eager_merge_topk(indices, scores, out, scores_out, impl, group)
+    return out, scores_out
 
 
 @torch.no_grad()
 def eager_merge_topk(
-    indices: Tensor, scores: Tensor, top_k: int, group: dist.ProcessGroup | None = None
-) -> tuple[Tensor, Tensor]:
-    """`merge_topk`, unseen by torch's dispatcher."""
+    indices: Tensor,
+    scores: Tensor,
+    out: Tensor,
+    scores_out: Tensor,
+    impl: str = "auto",
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """`merge_topk` into given memory, unseen by torch's dispatcher."""
     op = "merge_topk"
     check_tensor(op, "indices", indices, dtype=torch.int32, shape=("T", "C"))
     check_tensor(op, "scores", scores, dtype=torch.float32, shape=tuple(indices.shape), device=indices.device)
+    check_tensor(op, "out", out, dtype=torch.int32, shape=(len(indices), "top_k"), device=indices.device)
+    check_tensor(op, "scores_out", scores_out, dtype=torch.float32, shape=tuple(out.shape), device=indices.device)
     impl = choose_impl(op, impl, indices.device, has_cuda=True)
-    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-        raise ValueError(f"{op}: top_k must be an int of at least 1, got {top_k!r}")
-    for name, tensor, dtype in (("out", out, torch.int32), ("scores_out", scores_out, torch.float32)):
-        if tensor is not None:
-            check_tensor(op, name, tensor, dtype=dtype, shape=(len(indices), top_k), device=indices.device)
     if group is not None and dist.get_world_size(group) < 1:
         raise ValueError(f"{op}: group must contain this process, got one that does not")
-    shape, device = (len(indices), top_k), indices.device
-    out = torch.empty(shape, dtype=torch.int32, device=device) if out is None else out
-    scores_out = torch.empty(shape, dtype=torch.float32, device=device) if scores_out is None else scores_out
     if impl == "cuda":
         from lightning_indexer.cuda import candidates
 
-        candidates.check_top_k(op, top_k)
+        candidates.check_top_k(op, out.shape[1])
         keys = _exchange(candidates.pack_candidates(indices, scores), group)
         candidates.merge_candidates(keys, out, scores_out)
     else:
         keys = torch.where(indices < 0, EMPTY, candidate_keys(scores, indices.long()))
         _merge(_exchange(keys, group), out, scores_out)
-    return out, scores_out
 
 
 def _exchange(keys: Tensor, group: dist.ProcessGroup | None) -> Tensor:
