@@ -12,14 +12,14 @@ from rich.console import Console
 from test_layer import tiny_config
 from typer.testing import CliRunner
 
-from lightning_indexer import CacheSchema, IndexerView, LayerCacheHandle, index_scores, quantize_query, score_topk
+from lightning_indexer import AttentionSubBlock, CacheSchema, IndexerView, index_scores, quantize_query, score_topk
 from lightning_indexer.bench import command
 from lightning_indexer.bench import run as bench_run
 from lightning_indexer.bench.agreement import CPU_BAND, CUDA_BAND, CUDA_FP8_BAND, compare, promised_band
 from lightning_indexer.bench.cases import QUICK_GRID, Case, make_operands
 from lightning_indexer.bench.command import select_cases
 from lightning_indexer.bench.cuda import cases as cuda_cases
-from lightning_indexer.bench.cuda import checks, gpu, layer, peers, plot, screen
+from lightning_indexer.bench.cuda import checks, fused, gpu, layer, peers, plot, screen
 from lightning_indexer.bench.cuda import run as cuda_run
 from lightning_indexer.bench.cuda.cases import AppendCase, GatherCase, Relative, ScoringCase, Target
 from lightning_indexer.bench.cuda.operands import make_append, make_gather, make_scoring, take_queries
@@ -458,7 +458,7 @@ def test_layer_records_lines_and_tables():
     for table in layer.tables(records):
         console.print(table)
     sums = [text.split() for text in console.file.getvalue().splitlines() if "sum of the stages" in text]
-    assert sums == [["sum", "of", "the", "stages", *["1.30", "ms"] * 3]] * 2, "13 stages of 100 us each"
+    assert sums == [["sum", "of", "the", "stages", *["1.20", "ms"] * 3]] * 2, "12 stages of 100 us each"
 
 
 def test_layer_stages_make_the_layer():
@@ -476,15 +476,11 @@ def test_layer_stages_make_the_layer():
 
 
 def test_no_wrong_layer_is_timed(monkeypatch):
-    desk, right = Desk(), LayerCacheHandle.append
-
-    def append(self, entries, kind):
-        right(self, entries * (1 if kind == "index" else torch.nan), kind)
-
-    monkeypatch.setattr(LayerCacheHandle, "append", append)
+    desk, right = Desk(), AttentionSubBlock.window_kv
+    monkeypatch.setattr(AttentionSubBlock, "window_kv", lambda *args: right(*args) * torch.nan)
     with pytest.raises(AssertionError, match="layer-2x1-tokens600-bf16: the output has values that are not finite"):
         list(layer.run_grid([TINY_LAYER], desk))
-    monkeypatch.setattr(LayerCacheHandle, "append", right)
+    monkeypatch.setattr(AttentionSubBlock, "window_kv", right)
     monkeypatch.setattr(layer, "index_scores", lambda *args, **kwargs: -index_scores(*args, **kwargs))
     with pytest.raises(AssertionError, match="the choice is not that of the scores"):
         list(layer.run_grid([TINY_LAYER], desk))
@@ -503,3 +499,21 @@ def test_layer_refuses_what_cannot_be_meant(arguments, message, tmp_path):
     result = run("bench", "--layer", *arguments, "--output", str(tmp_path))
     assert result.exit_code == 2 and message in " ".join(result.output.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_fused_operations_are_compared_with_torch_then_timed(monkeypatch):
+    """On a desk both are the torch path: what is tried is the course, and that a wrong byte stops it."""
+    desk, right = Desk(), fused.indexer_query
+    records = list(fused.compare(desk, [2, 300]))
+    names = ("indexer_query", "compress_entries-index", "compress_entries-kv")
+    assert [record["case"] for record in records] == [f"{name}-{count}" for count in (2, 300) for name in names]
+    assert desk.timed == 12 and all(record["time_ratio"] == 1.0 for record in records), records[0]
+    json.dumps(records)
+
+    def wrong(*args, impl, **options):
+        return right(*args, impl=impl, **{**options, "rotate": impl == "auto"})
+
+    monkeypatch.setattr(fused, "indexer_query", wrong)
+    with pytest.raises(AssertionError, match="indexer_query-2: .* bytes differ from the torch path"):
+        list(fused.compare(desk, [2]))
+    assert desk.timed == 12, "nothing is timed on red"

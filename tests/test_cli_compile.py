@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from lightning_indexer import CacheSchema
 from lightning_indexer.cli import app
-from lightning_indexer.cuda import append, candidates, compiler, gather, score_topk, warmup
+from lightning_indexer.cuda import append, candidates, compiler, compress, gather, indexer_query, score_topk, warmup
 from lightning_indexer.cuda.compiler import Specialisation
 from lightning_indexer.cuda.store import Store
 
@@ -62,17 +62,21 @@ def test_what_is_compiled_follows_the_options() -> None:
     assert len(set(everything)) == len(everything) > 20
     assert {kernel.arch for kernel in everything} == {"sm_80", "sm_90a"}
     index, kv = CacheSchema("mxfp4", 32, head_dim=64), CacheSchema("fp8_ds_mla", 32)
-    of_no_layout = set(candidates.specialisations("sm_90a"))
+    rings = {compress.keep_specialisation(dim, ratio, "sm_90a") for dim, ratio in ((64, 4), (512, 4), (512, 128))}
+    queries = indexer_query.specialisations(index, "sm_90a")
+    blockless = {*candidates.specialisations("sm_90a"), *queries, *rings}
     wanted = {
-        *of_no_layout,
         *append.specialisations(index, "sm_90a"),
         *score_topk.specialisations(index, "sm_90a"),
+        *blockless,
+        *compress.index_specialisations(index, "sm_90a"),
         *append.specialisations(kv, "sm_90a"),
         *gather.specialisations(kv, "sm_90a"),
+        *compress.kv_specialisations(kv, "sm_90a"),
     }
     assert set(warmup.kernels(["sm_90a"], ["mxfp4"], ["fp8_ds_mla"], [32], 64)) == wanted
     both = set(warmup.kernels(["sm_90a"], ["mxfp4"], ["fp8_ds_mla"], [32, 64], 64))
-    assert wanted < both and len(both - of_no_layout) == 2 * len(wanted - of_no_layout)
+    assert wanted < both and len(both) == 2 * len(wanted) - len(blockless)
     for schema in (CacheSchema("mxfp4"), CacheSchema("nvfp4"), CacheSchema("fp8"), CacheSchema("bf16")):
         assert set(score_topk.specialisations(schema, "sm_80")) <= set(everything), schema
 

@@ -25,7 +25,16 @@ import pytest
 import torch
 
 from lightning_indexer import CacheSchema
-from lightning_indexer.cuda import append, candidates, compiler, gather, launcher, score_topk
+from lightning_indexer.cuda import (
+    append,
+    candidates,
+    compiler,
+    compress,
+    gather,
+    indexer_query,
+    launcher,
+    score_topk,
+)
 from lightning_indexer.cuda.compiler import KERNEL_FOLDER, Binary, CompileError, Specialisation
 from lightning_indexer.cuda.environment import Environment
 from lightning_indexer.cuda.store import Store, content_key
@@ -76,6 +85,8 @@ def specialisations(schema: CacheSchema, arch: str) -> Iterator[Specialisation]:
     yield from append.specialisations(schema, arch)
     if schema in KV_SCHEMAS:
         yield from gather.specialisations(schema, arch)
+    else:
+        yield from indexer_query.specialisations(schema, arch)
 
 
 @pytest.mark.usefixtures("cuda_wheels")
@@ -252,6 +263,31 @@ def test_merging_compiles_without_spills(arch: str) -> None:
     troubles = list(
         troubles_of(score_topk._merge_specialisation(CacheSchema("mxfp4"), k, arch) for k in (512, 2048, 4096))
     )
+    assert not troubles, "\n".join(troubles)
+
+
+@pytest.mark.usefixtures("cuda_wheels")
+@pytest.mark.parametrize("arch", ARCHS)
+def test_compressing_compiles_without_spills(arch: str) -> None:
+    """The model's calls, and what takes the most registers; the rest is for `make check-kernels`."""
+    index, kv, dtype = CacheSchema("mxfp4"), CacheSchema("fp8_ds_mla"), torch.bfloat16
+    wanted = [
+        compress.specialisation(index, dtype, 4, True, arch),
+        *(compress.specialisation(kv, dtype, ratio, False, arch) for ratio in (4, 128)),
+        compress.specialisation(kv, torch.float16, 128, False, arch),
+        *(compress.keep_specialisation(dim, ratio, arch) for dim, ratio in ((128, 4), (512, 4), (512, 128))),
+    ]
+    troubles = list(troubles_of(wanted))
+    assert not troubles, "\n".join(troubles)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cuda_wheels")
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("schema", INDEX_SCHEMAS + KV_SCHEMAS, ids=name_of)
+def test_every_way_of_compressing_compiles_without_spills(schema: CacheSchema, arch: str) -> None:
+    find = compress.kv_specialisations if schema in KV_SCHEMAS else compress.index_specialisations
+    troubles = list(troubles_of(find(schema, arch)))
     assert not troubles, "\n".join(troubles)
 
 

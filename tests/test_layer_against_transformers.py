@@ -15,7 +15,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 from lightning_indexer import AttentionSubBlock, Compressor, DSV4Config, LayerCacheHandle
 from lightning_indexer.checkpoint import expected_shapes
 from lightning_indexer.nn import attention as attention_module
-from lightning_indexer.nn import compressor as compressor_module
+from lightning_indexer.ops import compress as compress_module
 
 RELATIVE_ERROR = 1e-5
 LENGTHS = (301, 37, 3, 158)
@@ -218,8 +218,8 @@ def test_layer_equals_transformers(hf_config, config, kind, schedule):
 
 
 def rope_at_last_token(monkeypatch):
-    right = compressor_module.apply_rope
-    monkeypatch.setattr(compressor_module, "apply_rope", lambda x, positions, f: right(x, positions + 3, f))
+    right = compress_module.apply_rope
+    monkeypatch.setattr(compress_module, "apply_rope", lambda x, positions, f: right(x, positions + 3, f))
 
 
 def sees_one_entry_more(monkeypatch):

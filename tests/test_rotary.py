@@ -114,6 +114,17 @@ def test_float64_rope_is_a_complex_product(heads: int | None, inverse: bool) -> 
     assert_close(apply_rope(x, positions, frequencies, inverse=inverse), expected, 1e-14, "float64 RoPE")
 
 
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_sines_of_fp32_angles_are_fp64_rounded(inverse: bool) -> None:
+    """Bit for bit, so that a kernel can do the same; vectors of one 1 show cosine and sine themselves."""
+    positions = torch.arange(0, 1_048_576, 997)
+    frequencies = rope_frequencies(64, 160_000.0)
+    angles = (positions.float()[:, None] * frequencies).double()
+    rotated = apply_rope(torch.tensor([1.0, 0.0]).repeat(len(positions), 32), positions, frequencies, inverse=inverse)
+    assert torch.equal(rotated[:, 0::2], angles.cos().float())
+    assert torch.equal(rotated[:, 1::2], (-angles.sin() if inverse else angles.sin()).float())
+
+
 def test_fp32_angles_are_fp32_products() -> None:
     """The definition that the model was trained with; near 2^20 it is visibly not the exact angle."""
     positions = torch.arange(1_048_000, 1_048_576)

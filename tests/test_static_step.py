@@ -82,9 +82,11 @@ class Recorder(TorchDispatchMode):
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     """Makes "meta" a device that the kernels serve."""
     mode = Recorder()
-    for op in ("append", "gather_kv", "score_topk", "attention"):
+    for op in ("append", "compress", "gather_kv", "score_topk", "attention"):
         monkeypatch.setattr(f"lightning_indexer.ops.{op}.choose_impl", lambda *_args, **_options: "cuda")
-    for kernel in ("append.append_entries", "gather.gather_kv", "score_topk.score_topk"):
+    monkeypatch.setattr("lightning_indexer.ops.indexer_query.choose_impl", lambda *_args, **_options: "reference")
+    kernels = ("append.append_entries", "compress.compress_entries", "gather.gather_kv", "score_topk.score_topk")
+    for kernel in kernels:
         monkeypatch.setattr(f"lightning_indexer.cuda.{kernel}", lambda *args, **options: mode.note(args, options))
     yield mode
 

@@ -227,9 +227,11 @@ def _quantize_mxfp4(x: Tensor, rounding: str) -> tuple[Tensor, Tensor]:
 
 def _quantize_nvfp4(x: Tensor, rounding: str, global_scale: float) -> tuple[Tensor, Tensor]:
     groups = x.unflatten(-1, (-1, NVFP4_GROUP))
-    amax = groups.abs().amax(-1, keepdim=True) / global_scale
+    # tensors, because on a GPU torch divides by a number as a product with its inverse, which rounds otherwise
+    factor, largest = (x.new_full((), value) for value in (global_scale, E2M1_MAX))
+    amax = groups.abs().amax(-1, keepdim=True) / factor
     amax = torch.where(torch.isfinite(amax), amax.clamp(E2M1_MAX * E4M3_TINY, E2M1_MAX * E4M3_MAX), torch.nan)
-    scale = (amax / E2M1_MAX).to(torch.float8_e4m3fn)
+    scale = (amax / largest).to(torch.float8_e4m3fn)
     codes = e2m1_encode(groups / (scale.float() * global_scale), rounding=rounding).flatten(-2)
     return pack_nibbles(codes), scale.squeeze(-1).view(torch.uint8)
 

@@ -55,6 +55,8 @@ def apply_rope(x: Tensor, positions: Tensor, frequencies: Tensor, *, inverse: bo
 
     Trap: angles are products in fp32, as the model was trained with. Near position 2^20 such an angle is up to 0.03
     radians from the exact one; float64 input is rotated by the float64 product, so the two differ by that much there.
+    Sine and cosine of an angle are computed in float64 and rounded, so that every device and kernel has the same bits;
+    those of fp32 differ from one to the next.
 
     Args:
         x: [T, D] or [T, H, D] floating point. The last 2 * len(frequencies) channels are rotated, the rest is copied.
@@ -70,7 +72,8 @@ def apply_rope(x: Tensor, positions: Tensor, frequencies: Tensor, *, inverse: bo
     angles = positions.to(dtype)[:, None] * frequencies.to(dtype)  # [T, R/2]
     if x.dim() == 3:
         angles = angles[:, None]  # [T, 1, R/2]: broadcasts over heads, nothing is copied per head
-    cos, sin = angles.cos(), angles.sin()
+    exact = angles.double()
+    cos, sin = torch.cos(exact, out=torch.empty_like(angles)), torch.sin(exact, out=torch.empty_like(angles))
     if inverse:
         sin = -sin
     even, odd = x[..., -2 * num_pairs :].to(dtype).reshape(*x.shape[:-1], num_pairs, 2).unbind(-1)

@@ -20,12 +20,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import compress_cases  # noqa: E402
 import kernel_cases  # noqa: E402
+import query_cases  # noqa: E402
 from cases import POISON, Problem, check_scores, make_problem  # noqa: E402
 from engines import ENGINES, Engine, promised_error, workspace_bytes  # noqa: E402
 
 from lightning_indexer import merge_topk  # noqa: E402
-from lightning_indexer.cuda import append, gather  # noqa: E402
+from lightning_indexer.cuda import append, gather, indexer_query  # noqa: E402
+from lightning_indexer.ops.compress import compress_entries  # noqa: E402
 
 DEVICE = "cuda"
 FORMATS = {
@@ -88,6 +91,18 @@ def storage_on_gpu(case: kernel_cases.GatherCase) -> torch.Tensor:
     return torch.zeros(len(storage), stride, dtype=torch.uint8, device=DEVICE)[:, : storage.shape[1]].copy_(storage)
 
 
+def query_case(case: query_cases.QueryCase) -> None:
+    inputs = case.inputs(7)
+    got = indexer_query.indexer_query(*(x.to(DEVICE) for x in inputs), **case.options)
+    query_cases.assert_same_query(got, case.expected(*inputs), "query")
+
+
+def compress_case(case: compress_cases.CompressCase, batch: compress_cases.Batch) -> None:
+    problem = case.problem(batch, device=DEVICE)
+    compress_entries(*problem.arguments, **problem.options)
+    problem.check(compress_cases.expected(case, batch), "compress")
+
+
 def scoring_case(engine: Engine, operands: dict, shape: str) -> None:
     """Dense scores against float64; selection in both orders, into memory of the caller's, against the dense scores."""
     lens, seq_ids, valid_lens, top_k = SHAPES[shape]
@@ -120,6 +135,11 @@ def all_cases() -> dict[str, Callable[[], None]]:
         found[f"gather-{layout}"] = lambda layout=layout: gather_case(layout)
     for width, top_k in ((40, 100), (512, 512), (4096, 2048)):
         found[f"merge-3x{width}-k{top_k}"] = lambda width=width, top_k=top_k: merge_case(width, top_k)
+    for case in query_cases.CASES:
+        found[f"query-{case}"] = lambda case=case: query_case(case)
+    for case in compress_cases.CASES:
+        for batch in compress_cases.BATCHES[case.ratio]:
+            found[f"compress-{case}-{batch.name}"] = lambda c=case, b=batch: compress_case(c, b)
     for name, engine in ENGINES.items():
         chosen = [(key, operands, shape) for key, operands in FORMATS.items() for shape in SHAPES]
         chosen += [

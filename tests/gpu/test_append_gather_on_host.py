@@ -4,69 +4,22 @@ This holds the kernels' arithmetic and addressing, and the wrappers' choice of g
 implementation where there is no GPU. It needs a C++ compiler and glibc, nothing of CUDA.
 """
 
-import ctypes
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import kernel_cases as cases
 import pytest
 import torch
+from on_host import Library, compile_library, needs_compiler, take_host_kernels
 
-from lightning_indexer.cuda import append, gather, launcher
-from lightning_indexer.cuda.compiler import KERNEL_FOLDER, Specialisation
+from lightning_indexer.cuda import append, gather
+from lightning_indexer.cuda.compiler import Specialisation
 
-HERE = Path(__file__).parent
-COMPILER = shutil.which("g++")
-pytestmark = pytest.mark.skipif(
-    COMPILER is None or not sys.platform.startswith("linux"), reason="needs g++ and glibc's ucontext"
-)
-
-
-class HostKernel:
-    """Stands in for `launcher.Kernel`."""
-
-    def __init__(self, function: ctypes._CFuncPtr, parameters: dict[str, str], threads: int) -> None:
-        self.function, self.threads = function, threads
-        self.arguments = launcher._ArgumentBuffer("".join(parameters.values()))
-
-    def launch(self, grid: tuple[int, int, int], *arguments: float) -> None:
-        assert grid[0] >= 1 and grid[1:] == (1, 1), f"an empty or unexpected grid {grid}"
-        pack_into, memory, address = self.arguments.place
-        pack_into(memory, 0, *arguments)
-        self.function(grid[0], 1, self.threads, ctypes.c_void_p(address))
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ctypes._CFuncPtr]]:
-    """Every specialisation of the cases, by its expression, from one run of the compiler."""
-    folder = tmp_path_factory.mktemp("host")
-    for path in KERNEL_FOLDER.iterdir():
-        shutil.copy(path, folder)
-    shutil.copy(HERE / "host_ptx.cuh", folder / "ptx.cuh")
-    wanted = sorted({s.expression for s in _specialisations()})
-    launchers = [
-        f'extern "C" void launch_{i}(unsigned x, unsigned y, unsigned threads, void** arguments) '
-        f"{{ host_cuda::launch({expression}, x, y, threads, arguments); }}"
-        for i, expression in enumerate(wanted)
-    ]
-    lines = [
-        '#include "host_cuda.h"',
-        '#include "append.cu"',
-        '#include "gather.cu"',
-        "using namespace lightning_indexer;",
-    ]
-    (folder / "all.cpp").write_text("\n".join(lines + launchers))
-    options = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared", "-w", f"-I{HERE}"]
-    assert COMPILER is not None
-    done = subprocess.run(
-        [COMPILER, *options, "all.cpp", "-o", "all.so"], cwd=folder, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    loaded = ctypes.CDLL(str(folder / "all.so"))
-    yield {expression: getattr(loaded, f"launch_{i}") for i, expression in enumerate(wanted)}
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    return compile_library(tmp_path_factory.mktemp("host"), _specialisations())
 
 
 def _specialisations() -> Iterator[Specialisation]:
@@ -77,16 +30,8 @@ def _specialisations() -> Iterator[Specialisation]:
 
 
 @pytest.fixture(autouse=True)
-def on_host(library: dict[str, ctypes._CFuncPtr], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the wrappers find the host's kernels."""
-
-    def load(specialisation: Specialisation, _index: object, parameters: dict[str, str], *, threads: int) -> HostKernel:
-        return HostKernel(library[specialisation.expression], parameters, threads)
-
-    for module in (append, gather):
-        monkeypatch.setattr(module, "load_kernel", load)
-        monkeypatch.setattr(module, "device_arch", lambda _index: "sm_80")
-        module._kernel.cache_clear()
+def on_host(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_host_kernels(monkeypatch, library, append, gather)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)

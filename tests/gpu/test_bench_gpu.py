@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from lightning_indexer.bench.cuda import fused
 from lightning_indexer.bench.cuda.gpu import Gpu
 from lightning_indexer.cli import app
 
@@ -82,3 +83,8 @@ def test_bench_times_a_decode_step_of_a_layer(tmp_path: Path) -> None:
     assert record["case"] == "layer-2x1-tokens4096-bf16" and record["begin_step_host_us"] > 0
     assert all(times[mode]["median"] > 0 for times in record["stages_us"].values() for mode in times)
     assert "score_topk" in result.output and "whole step" in result.output
+
+
+def test_fused_operations_are_no_slower_than_torch(gpu: Gpu) -> None:
+    for record in fused.compare(gpu, (1, 64)):
+        assert record["fused_us"]["median"] > 0 and record["time_ratio"] > 1, record

@@ -3,78 +3,31 @@
 They are held against the torch operators that merge on a CPU. It needs a C++ compiler and glibc, nothing of CUDA.
 """
 
-import ctypes
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from cases import assert_same_bits
+from on_host import Library, compile_library, needs_compiler, take_host_kernels
 from torch import Tensor
 
 from lightning_indexer import merge_topk
-from lightning_indexer.cuda import candidates, launcher
-from lightning_indexer.cuda.compiler import KERNEL_FOLDER, Specialisation
+from lightning_indexer.cuda import candidates
 from lightning_indexer.selection import EMPTY, candidate_keys
 
-HERE = Path(__file__).parent
-COMPILER = shutil.which("g++")
 SHARDS, ROWS = 3, 2
 CAPACITY = candidates._CAPACITY
-pytestmark = pytest.mark.skipif(
-    COMPILER is None or not sys.platform.startswith("linux"), reason="needs g++ and glibc's ucontext"
-)
-
-
-class HostKernel:
-    """Stands in for `launcher.Kernel`."""
-
-    def __init__(self, function: ctypes._CFuncPtr, parameters: dict[str, str], threads: int) -> None:
-        self.function, self.threads = function, threads
-        self.arguments = launcher._ArgumentBuffer("".join(parameters.values()))
-
-    def launch(self, grid: tuple[int, int, int], *arguments: float) -> None:
-        assert grid[0] >= 1 and grid[1:] == (1, 1), f"an empty or unexpected grid {grid}"
-        self.function(grid[0], 1, self.threads, ctypes.c_void_p(self.arguments.pack(arguments)))
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes._CFuncPtr]:
-    """Both kernels, by their expressions."""
-    folder = tmp_path_factory.mktemp("host")
-    for path in KERNEL_FOLDER.iterdir():
-        shutil.copy(path, folder)
-    shutil.copy(HERE / "host_ptx.cuh", folder / "ptx.cuh")
-    wanted = [s.expression for s in candidates.specialisations("sm_80")]
-    launchers = [
-        f'extern "C" void launch_{i}(unsigned x, unsigned y, unsigned threads, void** arguments) '
-        f"{{ host_cuda::launch({expression}, x, y, threads, arguments); }}"
-        for i, expression in enumerate(wanted)
-    ]
-    lines = ['#include "host_cuda.h"', '#include "candidates.cu"', "using namespace lightning_indexer;", *launchers]
-    (folder / "all.cpp").write_text("\n".join(lines))
-    options = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared", "-w", f"-I{HERE}"]
-    assert COMPILER is not None
-    command = [COMPILER, *options, "all.cpp", "-o", "all.so"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    loaded = ctypes.CDLL(str(folder / "all.so"))
-    return {expression: getattr(loaded, f"launch_{i}") for i, expression in enumerate(wanted)}
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    return compile_library(tmp_path_factory.mktemp("host"), candidates.specialisations("sm_80"))
 
 
 @pytest.fixture(autouse=True)
-def on_host(library: dict[str, ctypes._CFuncPtr], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the wrappers find the host's kernels."""
-
-    def load(specialisation: Specialisation, _index: object, parameters: dict[str, str], **options: int) -> HostKernel:
-        return HostKernel(library[specialisation.expression], parameters, options["threads"])
-
-    monkeypatch.setattr(candidates, "load_kernel", load)
-    monkeypatch.setattr(candidates, "device_arch", lambda _index: "sm_80")
-    candidates._kernel.cache_clear()
+def on_host(library: Library, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    take_host_kernels(monkeypatch, library, candidates)
     yield
     candidates._kernel.cache_clear()
 

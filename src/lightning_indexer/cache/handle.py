@@ -5,7 +5,6 @@ of the entries that these tokens complete, and works out everything that the lay
 either does all of that or raises and changes nothing. Neither it nor the layer waits for a GPU.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,59 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_indexer.cache.pool import PagedPool
+from lightning_indexer.cache.ring import TokenRing
 from lightning_indexer.cache.schema import CacheSchema
 from lightning_indexer.cache.step import Step, StepBuffer
-from lightning_indexer.cache.view import IndexerView, KVView
+from lightning_indexer.cache.view import IndexerView, KVView, PagedView
 from lightning_indexer.checks import check_choice
 from lightning_indexer.config import CSA_RATIO, DSV4Config
 from lightning_indexer.ops.append import append_entries
-
-
-class TokenRing:
-    """The last `size` tokens of each sequence: row `position % size`.
-
-    A row is always written before it is read, because whoever reads masks negative positions; so nothing has to be
-    cleared when a sequence begins. There is no way back: a token's row takes the place of one `size` tokens earlier.
-    """
-
-    def __init__(
-        self,
-        max_seqs: int,
-        size: int,
-        features: tuple[int, ...],
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
-        self.size = size
-        self.rows = torch.zeros(max_seqs, size, *features, dtype=dtype, device=device)
-
-    def with_chunk(self, step: Step, chunk: Tensor) -> Tensor:
-        """[S * size + T, ...]: the rings of the step's sequences, then the step's own tokens."""
-        return torch.cat([self.rows[step.seqs].flatten(0, 1), chunk.to(self.rows.dtype)])
-
-    def find(self, step: Step, batch_rows: Tensor, positions: Tensor) -> Tensor:
-        """Rows of `with_chunk` that hold `positions` [N, P] of sequences `batch_rows` [N]; any row where negative."""
-        batch_rows = batch_rows.unsqueeze(1)
-        ahead = positions - step.starts[batch_rows]
-        old = batch_rows * self.size + positions % self.size
-        return torch.where(ahead >= 0, len(step.seqs) * self.size + step.offsets[batch_rows] + ahead, old)
-
-    def update(self, step: Step, chunk: Tensor) -> None:
-        """Keep the last `size` of each sequence's tokens, the step's included."""
-        kept = self._kept(step)
-        self.rows[step.seq_ids[kept].long(), step.positions[kept] % self.size] = chunk[kept].to(self.rows.dtype)
-
-    def copy(self, src: int, dst: int) -> None:
-        self.rows[dst] = self.rows[src]
-
-    def _kept(self, step: Step) -> slice | Tensor:
-        """Rows of the step's tokens that stay, told from its counts."""
-        if max(step.counts, default=0) <= self.size:
-            return slice(None)
-        ends = zip(itertools.accumulate(step.counts), step.counts, strict=True)
-        rows = [torch.arange(end - min(n, self.size), end, device=self.rows.device) for end, n in ends]
-        return torch.cat(rows)
 
 
 class LayerCacheHandle:
@@ -214,14 +167,18 @@ class LayerCacheHandle:
 
         Rows of no entry may hold anything and go nowhere.
         """
-        step = self.require_step()
+        step, (view, slots) = self.require_step(), self.target(kind)
+        if len(entries) != len(step.entry_rows):
+            raise ValueError(f"append: entries must have {len(step.entry_rows)} rows for this step, got {len(entries)}")
+        append_entries(entries, view, slots)
+
+    def target(self, kind: Literal["index", "kv"]) -> tuple[PagedView, Tensor]:
+        """Where the entries of the step go: the index or the KV pool, and their slots [E] in it, -1 for no entry."""
+        self.require_step()
         check_choice("append", "kind", kind, ("index", "kv"))
         if kind not in self._slots:
             raise ValueError(f"LayerCacheHandle: layer {self.layer} is {self.kind} and has no {kind!r} pool")
-        if len(entries) != len(step.entry_rows):
-            raise ValueError(f"append: entries must have {len(step.entry_rows)} rows for this step, got {len(entries)}")
-        view = self.read_indexer_view() if kind == "index" else self.read_kv_view()
-        append_entries(entries, view, self._slots[kind])
+        return (self.read_indexer_view() if kind == "index" else self.read_kv_view()), self._slots[kind]
 
     def read_indexer_view(self) -> IndexerView:
         """The paged index keys, as `score_topk` reads them."""

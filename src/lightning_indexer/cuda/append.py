@@ -15,7 +15,7 @@ from lightning_indexer.cache.schema import CacheSchema
 from lightning_indexer.cache.view import PagedView
 from lightning_indexer.cuda.compiler import Specialisation
 from lightning_indexer.cuda.launcher import FLOAT32, INT32, INT64, POINTER, Kernel, device_arch, load_kernel
-from lightning_indexer.cuda.operands import ALIGNMENT, INPUT_TYPES, block_type, check_storage
+from lightning_indexer.cuda.operands import ALIGNMENT, INPUT_TYPES, block_type, check_storage, lanes, row_type
 from lightning_indexer.formats import ROUNDINGS
 
 PARAMETERS = {
@@ -33,8 +33,6 @@ MAX_DIM = 2048  # of "bf16" and "fp32" entries: one thread block must hold one
 
 _THREADS = 256
 _TAME_EXPONENT = 40
-_VALUES_PER_LANE = {"mxfp4": 16, "nvfp4": 16, "fp8": 16, "fp8_ds_mla": 16, "bf16": 8, "fp32": 8}
-_ROUNDINGS = {"nearest_even": "Rounding::kNearestEven", "toward_zero": "Rounding::kTowardZero"}
 
 
 def append_entries(entries: Tensor, view: PagedView, slots: Tensor, rounding: str) -> None:
@@ -88,8 +86,8 @@ def specialisation(
 
     is_plain: of "nvfp4" from bf16, see `is_plain_global_scale`.
     """
-    row_type, block = _row_type(schema, rounding, is_plain), block_type(schema)
-    arguments = (row_type, INPUT_TYPES[dtype], block, str(_entries_per_cta(schema)))
+    row, block = row_type(schema.format, schema.dim, rounding, is_plain=is_plain), block_type(schema)
+    arguments = (row, INPUT_TYPES[dtype], block, str(_entries_per_cta(schema)))
     return Specialisation("append.cu", "append_entries", arguments, arch)
 
 
@@ -110,26 +108,12 @@ def _kernel(
         raise NotImplementedError(f"append_entries: on a GPU head_dim must be at most {MAX_DIM}, got {schema.dim}")
     wanted = specialisation(schema, dtype, rounding, device_arch(device_index), is_plain=is_plain)
     entries_per_cta = _entries_per_cta(schema)
-    threads = entries_per_cta * _lanes(schema)
+    threads = entries_per_cta * lanes(schema.format, schema.dim)
     return load_kernel(wanted, device_index, PARAMETERS, threads=threads), entries_per_cta
 
 
-def _row_type(schema: CacheSchema, rounding: str, is_plain: bool) -> str:
-    if schema.format == "fp8_ds_mla":
-        return "Fp8DsMla"
-    if schema.format == "mxfp4":
-        return f"Mxfp4<{schema.dim}, {_ROUNDINGS[rounding]}>"
-    if schema.format == "nvfp4":
-        return f"Nvfp4<{schema.dim}, {_ROUNDINGS[rounding]}, {str(is_plain).lower()}>"
-    return f"{schema.format.capitalize()}<{schema.dim}>"
-
-
-def _lanes(schema: CacheSchema) -> int:
-    return schema.dim // _VALUES_PER_LANE[schema.format]
-
-
 def _entries_per_cta(schema: CacheSchema) -> int:
-    return _THREADS // _lanes(schema)
+    return _THREADS // lanes(schema.format, schema.dim)
 
 
 def _rows_are_readable(entries: Tensor) -> bool:

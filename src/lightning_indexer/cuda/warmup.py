@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lightning_indexer.cache.schema import CacheSchema
-from lightning_indexer.cuda import append, candidates, gather, score_topk
+from lightning_indexer.cuda import append, candidates, compress, gather, indexer_query, score_topk
 from lightning_indexer.cuda.compiler import CompileError, Specialisation, build, cache_key, check_compiler_knows
 from lightning_indexer.cuda.launcher import device_arch
 from lightning_indexer.cuda.score_topk import INDEX_FORMATS
@@ -90,10 +90,13 @@ def _kernels(index: list[CacheSchema], kv: list[CacheSchema], arch: str) -> Iter
         schema.check_index()
         yield from append.specialisations(schema, arch)
         yield from score_topk.specialisations(schema, arch)
+        yield from indexer_query.specialisations(schema, arch)
+        yield from compress.index_specialisations(schema, arch)
     for schema in kv:
         schema.check_kv()
         yield from append.specialisations(schema, arch)
         yield from gather.specialisations(schema, arch)
+        yield from compress.kv_specialisations(schema, arch)
 
 
 def _arch_of_this_gpu() -> str:

@@ -97,8 +97,7 @@ class AttentionSubBlock(LoadedModule):
         q = self.query(c_Q, step)
         window_kv = self.window_kv(x, step, cache.kv_format)
         if self.compressor is not None:
-            assert cache.compressor_state is not None, "a cache of the same kind has a compressor state"
-            cache.append(self.compressor(x, step, cache.compressor_state), "kv")
+            self.compressor.write(x, cache, "kv")
         indices = self._select(c_Q, x, cache)
         attended = self._attend(q, window_kv, indices, cache)
         cache.window.update(step, window_kv)

@@ -1,22 +1,33 @@
 """Several tokens into one entry: the streaming compressor of CSA and HCA layers."""
 
 from collections.abc import Mapping
+from typing import Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_indexer.cache.handle import TokenRing
+from lightning_indexer.cache.handle import LayerCacheHandle
+from lightning_indexer.cache.ring import TokenRing
 from lightning_indexer.cache.step import Step
 from lightning_indexer.checks import check_tensor
 from lightning_indexer.config import CSA_RATIO, DSV4Config
 from lightning_indexer.nn.linear import LoadedModule
-from lightning_indexer.nn.norm import rms_norm
 from lightning_indexer.nn.rope import LayerFrequencies
+from lightning_indexer.ops.compress import compress_entries, pooled_entries
 from lightning_indexer.precision import full_float32
-from lightning_indexer.rotary import apply_rope, hadamard
 
 _FLOATS = (torch.bfloat16, torch.float32, torch.float16)
+
+
+class Options(TypedDict):
+    """Arguments of `compress_entries` and `pooled_entries` that belong to a compressor."""
+
+    ape: Tensor
+    norm: Tensor
+    frequencies: Tensor
+    eps: float
+    rotate: bool
 
 
 class Compressor(LoadedModule):
@@ -73,29 +84,33 @@ class Compressor(LoadedModule):
             step: where the tokens stand (`LayerCacheHandle.begin_step`).
             state: values and gates of earlier tokens; updated.
         Returns:
-            [E, dim] in x's dtype, in the order of `step.entry_rows`; zeros where that is -1.
+            [E, dim] in x's dtype, in the order of `step.entry_rows`; where that is -1, anything.
         """
-        values = F.linear(x.float(), self.get("wkv").float())  # [T, windows * dim]
-        gates = F.linear(x.float(), self.get("wgate").float())
-        gates += self.get("ape").float()[step.positions % self.compress_ratio]
-        chunk = torch.stack((values, gates), dim=1)
-        pooled = self._pool(state.with_chunk(step, chunk), step, state)
-        state.update(step, chunk)
-        entries = rms_norm(pooled.to(x.dtype), self.get("norm"), self.eps)
-        entries = apply_rope(entries, step.entry_indices * self.compress_ratio, self.frequencies.on(x.device))
-        return hadamard(entries) if self.rotate else entries
+        return pooled_entries(*self._project(x), step, state, dtype=x.dtype, **self._options(x.device))
 
-    def _pool(self, tokens: Tensor, step: Step, state: TokenRing) -> Tensor:
-        """fp32 [E, dim] from `tokens` [n, 2, windows * dim] (values, gates)."""
-        ratio = self.compress_ratio
-        offsets = torch.arange(ratio - self.windows * ratio, ratio, device=tokens.device)
-        positions = step.entry_indices.unsqueeze(1) * ratio + offsets  # [E, windows * ratio]
-        rows = state.find(step, step.entry_rows.clamp_min(0), positions)
-        parts = []
-        for window in range(self.windows):  # the window before through the first channels, its own through the last
-            channels = slice(window * self.dim, (window + 1) * self.dim)
-            parts.append(tokens[:, :, channels][rows[:, window * ratio : (window + 1) * ratio]])
-        values, gates = torch.cat(parts, dim=1).unbind(2)  # [E, windows * ratio, dim]
-        absent = (positions < 0).unsqueeze(-1)
-        weights = gates.masked_fill(absent, torch.finfo(gates.dtype).min).softmax(dim=1)  # -inf alone would give NaN
-        return (weights * values.masked_fill(absent, 0.0)).sum(1)
+    @full_float32()
+    def write(self, x: Tensor, cache: LayerCacheHandle, kind: Literal["index", "kv"]) -> None:
+        """Feed the step's tokens and write the entries they complete into the index or the KV pool of their layer.
+
+        Args:
+            x: [T, hidden], the attention block's input.
+            cache: with a step of T tokens in progress. The pool and the compressor's state are updated.
+        """
+        step, (view, slots) = cache.require_step(), cache.target(kind)
+        state = cache.indexer_state if kind == "index" else cache.compressor_state
+        assert state is not None, "whoever has the pool has the state"
+        values, gates = self._project(x)
+        compress_entries(values, gates, step, state, view, slots, dtype=x.dtype, **self._options(x.device))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and gates, fp32 [T, windows * dim]."""
+        return F.linear(x.float(), self.get("wkv").float()), F.linear(x.float(), self.get("wgate").float())
+
+    def _options(self, device: torch.device) -> Options:
+        return {
+            "ape": self.get("ape"),
+            "norm": self.get("norm"),
+            "frequencies": self.frequencies.on(device),
+            "eps": self.eps,
+            "rotate": self.rotate,
+        }

@@ -12,9 +12,9 @@ from lightning_indexer.formats import QUERY_FORMATS
 from lightning_indexer.nn.compressor import Compressor
 from lightning_indexer.nn.linear import Linear, LoadedModule, Nvfp4Linear, WeightsNotLoaded, linear_for, strip
 from lightning_indexer.nn.rope import LayerFrequencies
+from lightning_indexer.ops.indexer_query import indexer_query
 from lightning_indexer.ops.score_topk import score_topk
-from lightning_indexer.query import QuantizedQuery, quantize_query
-from lightning_indexer.rotary import apply_rope, hadamard
+from lightning_indexer.query import QuantizedQuery
 
 
 class CSAIndexer(LoadedModule):
@@ -75,7 +75,7 @@ class CSAIndexer(LoadedModule):
                 f"got kind {cache.kind}" + ("" if cache.indexer_state is None else f", {cache.paged.schema.dim} dims")
             )
         q, weights = self.query(c_Q, h_t, step.positions, cache.paged.schema.format)
-        cache.append(self.compressor(h_t, step, cache.indexer_state), "index")
+        self.compressor.write(h_t, cache, "index")
         return score_topk(
             q,
             weights,
@@ -90,12 +90,16 @@ class CSAIndexer(LoadedModule):
         if self.wq_b is None or self.weights_proj is None:
             raise WeightsNotLoaded("CSAIndexer: wq_b and weights_proj are not loaded (call load_weights first)")
 
-        def rotate(q: Tensor) -> Tensor:
-            q = apply_rope(q, positions, self.frequencies.on(q.device))
-            return hadamard(q) if self.rotate else q
-
-        weights = self.weights_proj(h_t).float() * (self.head_dim**-0.5 * self.num_heads**-0.5)
         if isinstance(self.wq_b, Nvfp4Linear) and self.wq_b.output_format is not None:
-            return self.wq_b.heads(c_Q, rotate), weights
-        q = rotate(self.wq_b(c_Q).unflatten(-1, (self.num_heads, self.head_dim)))
-        return (quantize_query(q, format) if format in QUERY_FORMATS else q), weights
+            q, format = self.wq_b.dense(c_Q), self.wq_b.output_format
+        else:
+            q = self.wq_b(c_Q)
+        return indexer_query(
+            q.unflatten(-1, (self.num_heads, self.head_dim)),
+            self.weights_proj(h_t),
+            positions,
+            self.frequencies.on(q.device),
+            format=format if format in QUERY_FORMATS else None,
+            rotate=self.rotate,
+            weight_scale=self.head_dim**-0.5 * self.num_heads**-0.5,
+        )

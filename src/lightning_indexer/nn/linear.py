@@ -3,7 +3,7 @@
 All compute y = x W^T in x's dtype, without bias. Weights come from `load_weights`; calling a layer before raises.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -116,18 +116,15 @@ class Nvfp4Linear(Linear):
         values = dequantize(self.get("weight"), self.get("scale").view(torch.uint8), "nvfp4")
         return (values * self.get("global_scale")).to(dtype)
 
-    def heads(self, x: Tensor, transform: Callable[[Tensor], Tensor]) -> QuantizedQuery:
-        """Project x [T, in], apply `transform` to [T, out / head_dim, head_dim] (RoPE lies here), quantise."""
-        if self.output_format is None:
-            raise ValueError("Nvfp4Linear: heads() needs an output_format")
-        q = F.linear(x, self.dense_weight(x.dtype)).unflatten(-1, (-1, self.head_dim))
-        return quantize_query(transform(q), self.output_format)
+    def dense(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out] in x's dtype, whatever `output_format` is: for what comes before quantising."""
+        return F.linear(x, self.dense_weight(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor | QuantizedQuery:  # type: ignore[override]  # the quantised output
         """x [..., in] -> [..., out] in x's dtype, or a `QuantizedQuery` where `output_format` is set (x [T, in])."""
         if self.output_format is None:
-            return F.linear(x, self.dense_weight(x.dtype))
-        return self.heads(x, lambda q: q)
+            return self.dense(x)
+        return quantize_query(self.dense(x).unflatten(-1, (-1, self.head_dim)), self.output_format)
 
 
 def linear_for(name: str, weights: Mapping[str, Tensor], in_features: int, out_features: int) -> Linear:

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_indexer import reference
 from lightning_indexer.cache.view import PagedView, check_view
 from lightning_indexer.checks import check_choice, check_range, check_tensor, choose_impl
-from lightning_indexer.formats import ROUNDINGS, quantize
+from lightning_indexer.formats import ROUNDINGS
 from lightning_indexer.tracing import is_traced, view_parts
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -64,7 +64,9 @@ def eager_append_entries(
         with torch.no_grad():
             reference.append_entries(entries, view, slots, rounding=rounding)
     else:
-        _append(entries, view, slots, rounding, num_slots)
+        from lightning_indexer.cpu.append import append_entries as cpu_append_entries
+
+        cpu_append_entries(entries, view, slots, rounding)
 
 
 @functools.cache
@@ -72,13 +74,3 @@ def _cuda() -> ModuleType:
     from lightning_indexer.cuda import append
 
     return append
-
-
-@torch.no_grad()
-def _append(entries: Tensor, view: PagedView, slots: Tensor, rounding: str, num_slots: int) -> None:
-    written = (slots >= 0) & (slots < num_slots)
-    slots = slots[written].long()
-    block, row = slots // view.schema.entries_per_block, slots % view.schema.entries_per_block
-    data, scale = quantize(entries[written], view.schema.format, rounding=rounding, global_scale=view.global_scale)
-    view.data_rows[block, row] = data
-    view.scale_rows[block, row] = scale

@@ -153,13 +153,11 @@ def stages(decode: Decode) -> dict[str, Callable[[], object]]:
     """Name -> one call of it. A step of one token per sequence may be run again, and so may all of these."""
     block, cache, x = decode.block, decode.cache, decode.x
     step, config, indexer, compressor = cache.require_step(), block.config, block.indexer, block.compressor
-    kv_state, index_state = cache.compressor_state, cache.indexer_state
-    assert indexer is not None and compressor is not None and kv_state is not None and index_state is not None, "CSA"
+    assert indexer is not None and compressor is not None, "a CSA layer has both"
     format, sink, scale = cache.paged.schema.format, block.get("attn_sink").float(), config.head_dim**-0.5
     index_view, kv_view = cache.read_indexer_view(), cache.read_kv_view()
     c_Q, window_kv = block.query_latent(x), block.window_kv(x, step, cache.kv_format)
-    q, entries = block.query(c_Q, step), compressor(x, step, kv_state)
-    index_q, weights = indexer.query(c_Q, x, step.positions, format)
+    q, (index_q, weights) = block.query(c_Q, step), indexer.query(c_Q, x, step.positions, format)
 
     def choose() -> Tensor:
         return score_topk(
@@ -182,10 +180,9 @@ def stages(decode: Decode) -> dict[str, Callable[[], object]]:
         "query latent": lambda: block.query_latent(x),
         "main query": lambda: block.query(c_Q, step),
         "window KV": lambda: block.window_kv(x, step, cache.kv_format),
-        "compressor": lambda: compressor(x, step, kv_state),
-        "append KV": lambda: cache.append(entries, "kv"),
+        "compressor + append": lambda: compressor.write(x, cache, "kv"),
         "indexer query": lambda: indexer.query(c_Q, x, step.positions, format),
-        "indexer compressor + append": lambda: cache.append(indexer.compressor(x, step, index_state), "index"),
+        "indexer compressor + append": lambda: indexer.compressor.write(x, cache, "index"),
         "score_topk": choose,
         "window rows": window,
         "gather_kv": lambda: gather_kv(kv_view, indices, seq_ids=step.seq_ids),

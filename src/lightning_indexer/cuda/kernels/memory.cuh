@@ -29,11 +29,24 @@ struct Indices {
   }
 };
 
+// A vector of any input type, each value widened to fp32: the choice is uniform over the launch.
+struct Floats {
+  static constexpr int32_t kFloat32 = 0, kBFloat16 = 1;  // and fp16
+  const void* __restrict__ values;
+  int32_t type;
+
+  __device__ __forceinline__ float operator[](int64_t i) const {
+    if (type == kFloat32) return static_cast<const float*>(values)[i];
+    const uint32_t bits = static_cast<const uint16_t*>(values)[i];
+    return type == kBFloat16 ? __uint_as_float(bits << 16) : widen_half(bits);
+  }
+};
+
 __device__ __forceinline__ uint4 load_16(const uint8_t* address) { return *reinterpret_cast<const uint4*>(address); }
 
 __device__ __forceinline__ void store_16(uint8_t* address, uint4 value) { *reinterpret_cast<uint4*>(address) = value; }
 
-// Input types: how many values 16 bytes hold, and how to widen them to fp32.
+// Input types: how many values 16 bytes hold, how to widen them to fp32, and the nearest of them to an fp32, widened.
 struct Float32 {
   static constexpr int kPer16 = 4;
   static constexpr bool kIsBf16 = false;
@@ -41,6 +54,7 @@ struct Float32 {
     x[0] = __uint_as_float(raw.x), x[1] = __uint_as_float(raw.y);
     x[2] = __uint_as_float(raw.z), x[3] = __uint_as_float(raw.w);
   }
+  __device__ static __forceinline__ float nearest(float x) { return x; }
 };
 
 struct BFloat16 {
@@ -54,6 +68,7 @@ struct BFloat16 {
       x[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
     }
   }
+  __device__ static __forceinline__ float nearest(float x) { return __uint_as_float(round_to_bf16(x) << 16); }
 };
 
 struct Float16 {
@@ -67,6 +82,7 @@ struct Float16 {
       x[2 * i + 1] = widen_half(words[i] >> 16);
     }
   }
+  __device__ static __forceinline__ float nearest(float x) { return widen_half(round_to_half(x)); }
 };
 
 // kCount consecutive values, from a 16-byte boundary on.

@@ -13,6 +13,9 @@ constexpr uint32_t kExponentBits = 0x7F800000u;   // of an fp32; also the bits o
 constexpr uint32_t kNegativeInfBits = 0xFF800000u;
 constexpr uint32_t kNanBits = 0x7FC00000u;
 constexpr uint32_t kBf16Nan = 0xFFFFu;            // what torch's vectorised conversion writes on a CPU
+constexpr uint32_t kHalfInf = 0x7C00u;
+constexpr uint32_t kHalfNan = 0x7E00u;
+constexpr float kHalfOverflow = 65520.0f;         // the first number that rounds past fp16's largest
 constexpr uint32_t kUE8M0Nan = 255;
 constexpr uint32_t kE4M3Nan = 0x7F;
 constexpr float kE2M1Max = 6.0f;
@@ -56,6 +59,14 @@ __device__ __forceinline__ uint32_t round_to_code(float v) {
   const float binade = __uint_as_float(at_least & kExponentBits);
   const uint32_t sum = __float_as_uint(fmaf(binade, power_of_two(kShift), v));
   return ((sum >> kShift) + sum - kBias) & kCodes;  // `sum` has its exponent above the mask
+}
+
+// fp16 of x, nearest even, in the low half.
+__device__ __forceinline__ uint32_t round_to_half(float x) {
+  const float magnitude = fabsf(x);
+  const uint32_t special = magnitude == magnitude ? kHalfInf : kHalfNan;
+  const uint32_t code = magnitude < kHalfOverflow ? round_to_code<10, -14, 0x7FFFu>(magnitude) : special;
+  return code | (__float_as_uint(x) >> 16 & 0x8000u);
 }
 
 __device__ __forceinline__ uint32_t e4m3_magnitude(float v) { return round_to_code<3, -6, 0x7Fu>(v); }
