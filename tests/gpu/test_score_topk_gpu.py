@@ -137,6 +137,16 @@ def test_scores_against_float64(engine: Engine, format: str, query_format: str) 
     check_scores(scores, problem, promised_error(format, query_format))
 
 
+@pytest.mark.parametrize("num_heads", [8, 16, 32])
+@pytest.mark.parametrize(("format", "query_format"), [("fp8", "fp8"), ("fp8", "mxfp4"), ("mxfp4", "fp8")])
+def test_scores_of_few_heads(engine: Engine, format: str, query_format: str, num_heads: int) -> None:
+    """Whose errors do not cancel; of so many scores that rare ones occur."""
+    rows = {"seq_ids": [0] * 130, "valid_lens": [600 - 3 * t for t in range(130)]}
+    shape = {"num_heads": num_heads, "head_dim": 128, "format": format, "query_format": query_format}
+    problem = make_problem([600], **shape, **rows)
+    check_scores(engine.dense(problem.to(DEVICE)), problem, promised_error(format, query_format))
+
+
 @pytest.mark.parametrize(
     ("name", "format", "num_heads", "head_dim", "entries_per_block"),
     [

@@ -84,8 +84,8 @@ _FP8_FORMATS = ("mxfp4", "fp8")  # exact in E4M3, up to a power of two per row
 _FIRST_OVERLAP_ARCH = 90  # a kernel may start before the last one has ended
 # In calls of no more tiles some multiprocessors are left to the merge, which starts early there and makes itself ready.
 _SHORT_CALL_TILES, _BLOCKS_PER_EARLY_ONE = 20_000, 32
-# Hopper adds products of E4M3 with about 14 bits. Where both factors fill E4M3 a single head may be off by more than a
-# score may be (3 in 10,000 are); the errors of many heads cancel.
+# Hopper adds products of E4M3 with about 14 bits. Where a factor fills E4M3 a few heads may be off by more than a score may
+# be (with both, a single head in 3 of 10,000 scores); the errors of many heads cancel. Products of E2M1 have fewer bits.
 _FEWEST_FP8_HEADS = 64
 _TWO_TERMS = ("fp16", "fp32")  # queries that take two bf16 to hold
 
@@ -329,7 +329,7 @@ def _plan(
 def _product(schema: CacheSchema, query_format: str, heads: int, arch: str, engine: str) -> Product:
     is_wgmma = arch == "sm_90a" and engine == "auto"
     is_fp8 = schema.format in _FP8_FORMATS and query_format in _FP8_FORMATS and (is_wgmma or _has_fp8_mma_sync(arch))
-    if is_wgmma and (schema.format, query_format) == ("fp8", "fp8") and heads < _FEWEST_FP8_HEADS:
+    if is_wgmma and "fp8" in (schema.format, query_format) and heads < _FEWEST_FP8_HEADS:
         is_fp8 = False
     keys = {
         "mxfp4": "Mxfp4AsE4M3" if is_fp8 else "Mxfp4AsBf16",
