@@ -3,11 +3,14 @@
     compute-sanitizer --report-api-errors no --tool memcheck python tests/gpu/sanitize.py
     compute-sanitizer --report-api-errors no --tool racecheck python tests/gpu/sanitize.py --case portable-mxfp4-prefill
 
-Tools: memcheck, racecheck, synccheck, initcheck. (API errors are left out: cuda.bindings looks for functions that a
-driver may lack.) racecheck and synccheck report on the scoring kernels, whose warps meet at named barriers of part of a
-block; whether any of that is real has not been settled. Set PYTORCH_NO_CUDA_MEMORY_CACHING=1 with memcheck and
+Tools: memcheck, initcheck, synccheck, and racecheck for all kernels but those of scoring. (API errors are left out:
+cuda.bindings looks for functions that a driver may lack.) Set PYTORCH_NO_CUDA_MEMORY_CACHING=1 with memcheck and
 initcheck: torch's caching allocator hides most reads and writes beyond a tensor. Build the kernels first, by a run
 without the sanitizer.
+
+racecheck does not follow a barrier of part of a block while the rest of it waits at another: it then reports races
+between accesses that a later barrier of all threads separates. `--case partial-barrier` is a kernel of a few lines that
+shows it; teams that select (score.cu) meet at such barriers.
 """
 
 import argparse
@@ -17,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -127,6 +131,39 @@ def hostile_numbers() -> None:
         assert (indices >= -1).all() and (indices < problem.cache.view.num_blocks * 64).all(), indices.aminmax()
 
 
+PARTIAL_BARRIER = r"""
+template <int id, int threads> __device__ void meet() {
+  asm volatile("barrier.sync.aligned %0, %1;" :: "n"(id), "n"(threads) : "memory");
+}
+extern "C" __global__ void partial_barrier(int* out) {
+  __shared__ int value;
+  int sum = 0;
+  for (int i = 1; i <= 3; ++i) {
+    if (threadIdx.x < 256) meet<1, 256>(), meet<1, 256>();
+    meet<2, 384>();
+    if (threadIdx.x == 0) value = i;
+    meet<3, 384>();
+    sum += value;
+  }
+  out[threadIdx.x] = sum;
+}
+"""
+
+
+def partial_barrier() -> None:
+    """No kernel of this library: what racecheck makes of one."""
+    device = Device(torch.cuda.current_device())
+    device.set_current()
+    options = ProgramOptions(arch=f"sm_{device.arch}", std="c++17")
+    kernel = Program(PARTIAL_BARRIER, "c++", options).compile("cubin").get_kernel("partial_barrier")
+    out = torch.zeros(384, dtype=torch.int32, device=DEVICE)
+    torch.cuda.synchronize()
+    stream = device.create_stream()
+    launch(stream, LaunchConfig(grid=1, block=384), kernel, out.data_ptr())
+    stream.sync()
+    assert (out == 6).all(), out
+
+
 def all_cases() -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {}
     for layout in kernel_cases.LAYOUTS:
@@ -148,6 +185,7 @@ def all_cases() -> dict[str, Callable[[], None]]:
         for key, operands, shape in chosen:
             found[f"{name}-{key}-{shape}"] = lambda e=engine, o=operands, s=shape: scoring_case(e, o, s)
     found["auto-hostile-numbers"] = hostile_numbers
+    found["partial-barrier"] = partial_barrier
     return found
 
 

@@ -84,8 +84,9 @@ _FP8_FORMATS = ("mxfp4", "fp8")  # exact in E4M3, up to a power of two per row
 _FIRST_OVERLAP_ARCH = 90  # a kernel may start before the last one has ended
 # In calls of no more tiles some multiprocessors are left to the merge, which starts early there and makes itself ready.
 _SHORT_CALL_TILES, _BLOCKS_PER_EARLY_ONE = 20_000, 32
-# Hopper adds products of E4M3 with about 14 bits. Where a factor fills E4M3 a few heads may be off by more than a score may
-# be (with both, a single head in 3 of 10,000 scores); the errors of many heads cancel. Products of E2M1 have fewer bits.
+# Hopper adds products of E4M3 with about 14 bits. Where a factor fills E4M3 a few heads may be off by more than a score
+# may be (where both do, a single head in 3 of 10,000 scores); the errors of many heads cancel. Products of E2M1 have
+# fewer bits.
 _FEWEST_FP8_HEADS = 64
 _TWO_TERMS = ("fp16", "fp32")  # queries that take two bf16 to hold
 
