@@ -184,7 +184,7 @@ struct BulkFeed {
   static constexpr int kProducerThreads = kGroups <= 4 ? 128 : 256;  // registers change hands by warpgroups
   // Registers of a thread come in eights; together no more than the block was launched with, or it waits for ever.
   static constexpr int kThreads = kGroups * 128 + kProducerThreads, kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = 32;
+  static constexpr int kProducerRegisters = Block::kEntries % 64 == 0 ? 32 : 40;  // more to reckon
   static constexpr int kScorerRegisters =
       (kLaunchRegisters * kThreads - kProducerRegisters * kProducerThreads) / (kGroups * 128) / 8 * 8;
   static_assert(kScorerRegisters <= 256, "setmaxnreg gives no more");
