@@ -1,7 +1,11 @@
 """Sequences whose keys are shared out over ranks, as a user of context parallel shares them out; on any device."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +25,7 @@ from lightning_indexer import (
 from lightning_indexer.ops.shard import INT32_MAX, Shard
 
 ENTRIES_PER_BLOCK = 16
+SECONDS = 100  # until a process that hangs is given up
 WHOLE = InterleavedShard(rank=0, num_ranks=1)
 
 Layout = Callable[[int, int, Tensor], Shard]  # of (rank, ranks, int32 lengths of the sequences)
@@ -136,3 +141,14 @@ CASES = {
     "mxfp4-plateaus": Sequences("mxfp4", distinct_keys=4),
     "bf16-all-equal": Sequences("bf16", distinct_keys=1),
 }
+
+
+def torchrun(script: Path, *arguments: str) -> str:
+    """What a script prints on two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

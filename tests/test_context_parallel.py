@@ -8,10 +8,6 @@ import functools
 import itertools
 import json
 import multiprocessing
-import os
-import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,16 +18,13 @@ import torch.multiprocessing as mp
 from cases import assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from sharded import CASES, LAYOUTS
+from sharded import CASES, LAYOUTS, SECONDS, torchrun
 from torch import Tensor
 
 from lightning_indexer import (
-    CacheSchema,
     ContiguousShard,
     IndexerView,
     InterleavedShard,
-    PagedPool,
-    append_entries,
     merge_topk,
     score_topk,
 )
@@ -40,7 +33,6 @@ from lightning_indexer.ops.shard import INT32_MAX, Shard
 ROOT = Path(__file__).parent.parent
 TOP_KS = [1, 16, 300]  # 300 is more than any sequence has
 PROCESS_CASES = ["mxfp4", "fp8-plateaus"]
-SECONDS = 100  # until a process that hangs is given up
 
 
 def ints(*values: object) -> Tensor:
@@ -252,38 +244,7 @@ def test_every_rank_gets_the_selection_of_the_whole(ranks: int, tmp_path: Path) 
             assert_whole(got, case, top_k, f"{layout}, rank {rank} of {ranks}")
 
 
-# --- the guide and the benchmark --------------------------------------------------------------------------------
-
-
-def torchrun(script: Path, *arguments: str) -> str:
-    """What a script prints on two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=SECONDS
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_the_guide_does_what_it_says(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/context-parallel.md").read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 1
-    script = tmp_path / "example.py"
-    script.write_text(
-        f"{blocks[0]}\ntorch.save((q, weights, lens, indices, scores), f'{tmp_path}/{{dist.get_rank()}}')"
-    )
-    torchrun(script)
-    torch.manual_seed(0)
-    pool = PagedPool(CacheSchema("mxfp4", 64), num_blocks=1024, max_seqs=1)
-    keys = IndexerView(pool.storage, pool.schema, pool.block_table)
-    append_entries(torch.randn(50_000, 128), keys, pool.alloc(0, 50_000))
-    for rank in (0, 1):
-        q, weights, lens, *got = torch.load(tmp_path / str(rank), weights_only=False)
-        options = {"top_k": 512, "valid_lens": lens, "seq_ids": torch.zeros_like(lens), "order": "score"}
-        want = score_topk(q, weights, keys, **options, return_scores=True)
-        for name, g, w in zip(("indices", "scores"), got, want, strict=True):
-            assert_same_bits(g, w, f"{name} of rank {rank}")
+# --- the benchmark -----------------------------------------------------------------------------------------------
 
 
 def test_benchmark_checks_and_times(tmp_path: Path) -> None:

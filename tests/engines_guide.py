@@ -1,57 +1,20 @@
-"""What docs/engines.md shows is run as it stands there, with tensors as each engine holds them.
+"""The steps of docs/engines.md: tensors as each engine holds them, and what the blocks must make of them."""
 
-A section has a generator here. It yields the names that the next block needs, and looks at what the block made
-when it goes on.
-"""
-
-import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
-import pytest
 import torch
 from cases import assert_same_bits
 from engine_tensors import POISON, Case, Held, as_tensor, draw, hold, in_int32, packed, values
+from guides import steps_of, units
 
 from lightning_indexer import merge_topk
 
-PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
+PAGE = "docs/engines.md"
 # 700 and 520 entries are more than the 512 that the guide selects; drafts of 1201 tokens see 299 and 300.
 TOKENS = (2800, 50, 2083, 1201, 3)
 BATCH = len(TOKENS)
-WALKS: dict[str, Callable[[], Iterator[dict]]] = {}
-
-
-def sections() -> dict[str, list[str]]:
-    """Heading -> its code blocks, of the sections that have some."""
-    parts = PAGE.read_text(encoding="utf-8").split("\n## ")[1:]
-    blocks = {part.partition("\n")[0]: re.findall(r"```python\n(.*?)```", part, re.DOTALL) for part in parts}
-    return {heading: found for heading, found in blocks.items() if found}
-
-
-def walk(heading: str) -> Callable:
-    def keep(steps: Callable[[], Iterator[dict]]) -> Callable[[], Iterator[dict]]:
-        WALKS[heading] = steps
-        return steps
-
-    return keep
-
-
-@pytest.mark.parametrize("heading", sections())
-def test_every_block_runs_and_does_what_it_says(heading):
-    steps = WALKS[heading]()
-    for number, block in enumerate(sections()[heading]):
-        names = next(steps, None)
-        assert names is not None, f"block {number} of {heading!r} has no test"
-        exec(compile(block, f"docs/engines.md, {heading}, block {number}", "exec"), names)
-    assert next(steps, "end") == "end", f"{heading!r} has fewer blocks than its test expects"
-
-
-def test_every_fence_is_read():
-    assert len(WALKS) == len(sections())
-    assert PAGE.read_text(encoding="utf-8").count("```") == 2 * sum(len(blocks) for blocks in sections().values())
 
 
 def holding(format: str, next_n: int, memory: str = "whole") -> Held:
@@ -72,7 +35,7 @@ def assert_selected(names: dict, held: Held, output: str, key: str | None = None
     assert_same_bits(names["lengths"].reshape(lengths.shape), lengths, "lengths")
 
 
-@walk("DeepGEMM")
+@steps_of(PAGE, "DeepGEMM")
 def deepgemm() -> Iterator[dict]:
     held = holding("mxfp4", 3)
     names = names_of(held) | {"q": held.q[0], "q_scale": held.q[1]}
@@ -98,7 +61,7 @@ def deepgemm() -> Iterator[dict]:
     assert names["worst"] == 0 and names["seen"].sum() == held.context_lens.sum()
 
 
-@walk("vLLM")
+@steps_of(PAGE, "vLLM")
 def vllm() -> Iterator[dict]:
     held = holding("fp8", 2, "padded")
     buffer = torch.full((50, 600), -77, dtype=torch.int32)
@@ -115,7 +78,7 @@ def vllm() -> Iterator[dict]:
     assert_selected(names, held, "entry")
 
 
-@walk("SGLang")
+@steps_of(PAGE, "SGLang")
 def sglang() -> Iterator[dict]:
     held = holding("mxfp4", 1)
     names = {"index_k_with_scale_buffer": held.kv_cache.flatten(1), "page_table": held.block_table}
@@ -126,7 +89,7 @@ def sglang() -> Iterator[dict]:
     assert_selected(names, held, "slot", "page_indices")
 
 
-@walk("FlashMLA")
+@steps_of(PAGE, "FlashMLA")
 def flashmla() -> Iterator[dict]:
     held = holding("fp8", 3, "slab")
     rng = np.random.default_rng(1)
@@ -164,11 +127,11 @@ def flashmla() -> Iterator[dict]:
     assert_same_bits(found, want.astype(np.int32), "slots of the other pages")
 
 
-@walk("Keys that are contiguous already")
+@steps_of(PAGE, "Keys that are contiguous already")
 def contiguous() -> Iterator[dict]:
-    block = sections()["Keys that are contiguous already"][0]
+    block = next(unit for unit in units(PAGE) if unit.steps is contiguous).blocks[0]
     names, want = contiguous_keys("fp8")
-    exec(block, names)
+    exec(block.program(), names)
     assert_entries(names, want)
     names, want = contiguous_keys("mxfp4")
     yield names
@@ -209,7 +172,7 @@ def as_fp8(codes: np.ndarray) -> torch.Tensor:
     return as_tensor(codes.view(np.uint8), torch.float8_e4m3fn)
 
 
-@walk("Memory of your own, graphs, scores")
+@steps_of(PAGE, "Memory of your own, graphs, scores")
 def memory() -> Iterator[dict]:
     held = holding("fp8", 2)
     names = names_of(held)
