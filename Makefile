@@ -1,6 +1,7 @@
 # make demo    find planted sentences in 131,072 tokens of text, on the GPU if there is one; writes demo-output/
 # make test    the whole test suite
-# make check   lint, types, import graph
+# make check   lint, types, import graph, documentation
+# make docs    the documentation as a site, docs-output/index.html; no network is needed
 # make bench   time score_topk on this machine; writes bench-output/
 # make check-kernels   compile every kernel of score_topk, of which `make test` compiles a sample; no GPU is needed
 #
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test check check-kernels bench clean
+.PHONY: demo test check check-kernels docs bench clean
 
 demo: $(VENV)/.run
 	$(BIN)/lightning-indexer demo
@@ -24,16 +25,22 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_imports.py
+	$(BIN)/python docs/links.py
+	$(BIN)/python -m pytest tests/test_imports.py tests/test_docs.py
+	$(MAKE) docs
 
 check-kernels: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/test_cuda_compile.py -m slow
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/crossover.py
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs-output
 
 bench: $(VENV)/.dev
 	$(BIN)/lightning-indexer bench --peer transformers
 
 clean:
-	rm -rf $(VENV) demo-output bench-output
+	rm -rf $(VENV) demo-output bench-output docs-output
 
 $(VENV)/bin/python:
 	if $(PYTHON) -c "import torch" 2>/dev/null; then \
@@ -56,5 +63,5 @@ $(VENV)/.run: $(VENV)/bin/python $(SOURCES)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python $(SOURCES)
-	$(INSTALL) -e ".[plots,test,dev,cuda13]"
+	$(INSTALL) -e ".[plots,test,dev,docs,cuda13]"
 	touch $@

@@ -49,6 +49,7 @@ class QuantizedQuery:
 
     @property
     def device(self) -> torch.device:
+        """Where the query lies."""
         return self.data.device
 
     def scale_bytes(self) -> Tensor:

@@ -44,10 +44,12 @@ class PagedPool:
 
     @property
     def num_blocks(self) -> int:
+        """Blocks of the storage, free or not."""
         return self.storage.shape[0]
 
     @property
     def num_free_blocks(self) -> int:
+        """Blocks that no sequence holds."""
         return len(self._free)
 
     def num_entries(self, seq_id: int) -> int:

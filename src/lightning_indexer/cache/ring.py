@@ -44,6 +44,7 @@ class TokenRing:
         self.rows[step.seq_ids[kept].long(), step.positions[kept] % self.size] = chunk[kept].to(self.rows.dtype)
 
     def copy(self, src: int, dst: int) -> None:
+        """Let sequence `dst` have the rows of `src`."""
         self.rows[dst] = self.rows[src]
 
     def _kept(self, step: Step) -> slice | Tensor:

@@ -63,6 +63,7 @@ class CacheSchema:
 
     @property
     def bytes_per_entry(self) -> int:
+        """Bytes of one entry, data and scale."""
         return self.data_bytes + self.scale_bytes
 
     @property

@@ -19,13 +19,17 @@ _WORD_BYTES = 8
 class Step:
     """Where the T tokens of a step stand. Tokens of one sequence are adjacent and in order.
 
-    positions: int64 [T], absolute. seq_ids: int32 [T]. batch_rows: int64 [T], which of the step's sequences.
-    valid_lens: int32 [T], entries visible to each token. max_visible: their maximum, or what a static step's could be.
-    seqs, starts, offsets: int64 [S], each sequence's id, first position in the step and first row in the batch.
-    entry_rows, entry_indices: int64 [E], batch row and index of each entry completed in this step. Each sequence has
-        ceil(n / compress_ratio) rows, as many entries as n tokens can complete; rows left over hold -1.
-    counts: tokens of each sequence.
-    is_static: the next static step of the same counts takes the place of this one.
+    Args:
+        positions: int64 [T], absolute.
+        seq_ids: int32 [T].
+        batch_rows: int64 [T], which of the step's sequences.
+        valid_lens: int32 [T], entries visible to each token.
+        max_visible: their maximum, or what a static step's could be.
+        seqs, starts, offsets: int64 [S], each sequence's id, first position in the step and first row in the batch.
+        entry_rows, entry_indices: int64 [E], batch row and index of each entry completed in this step. Each sequence
+            has ceil(n / compress_ratio) rows, as many entries as n tokens can complete; rows left over hold -1.
+        counts: tokens of each sequence.
+        is_static: the next static step of the same counts takes the place of this one.
     """
 
     positions: Tensor
@@ -43,6 +47,7 @@ class Step:
 
     @property
     def num_tokens(self) -> int:
+        """T, over all sequences."""
         return len(self.positions)
 
 

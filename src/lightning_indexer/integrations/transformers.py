@@ -111,10 +111,11 @@ def restore(model: nn.Module) -> None:
 class Agreement:
     """What an accelerated model selects and predicts, against the model alone, over the same tokens.
 
-    entries: by CSA layer, the share of the model's entries that are selected here too: mean over the queries that see
-        more than `index_topk` entries and have to leave some out, nan if there are none. From the second CSA layer on
-        it includes what earlier layers changed.
-    tokens: share of positions at which the most likely next token is the same.
+    Args:
+        entries: by CSA layer, the share of the model's entries that are selected here too: mean over the queries that
+            see more than `index_topk` entries and have to leave some out, nan if there are none. From the second CSA
+            layer on it includes what earlier layers changed.
+        tokens: share of positions at which the most likely next token is the same.
     """
 
     entries: dict[int, float]
