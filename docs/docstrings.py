@@ -7,6 +7,7 @@
 * `Returns:` may name several results, as `Args:` names arguments.
 """
 
+import inspect
 import re
 from importlib import import_module
 from typing import Any
@@ -14,8 +15,6 @@ from typing import Any
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.transforms import SphinxTransform
-
-import lightning_indexer
 
 MODULES = ("lightning_indexer", "lightning_indexer.integrations.engines", "lightning_indexer.integrations.transformers")
 REFERENCE = re.compile(r"([A-Za-z_][\w.]*)(\(.*\))?", re.DOTALL)
@@ -43,8 +42,16 @@ def target(code: str, names: dict[str, str]) -> str | None:
     first, _, member = match[1].removeprefix("lightning_indexer.").partition(".")
     if first not in names:
         return None
-    fields = getattr(getattr(lightning_indexer, first, None), "__dataclass_fields__", {})
-    return names[first] if not member or member in fields else f"{names[first]}.{member}"
+    return names[first] if not member or is_field(names[first], member) else f"{names[first]}.{member}"
+
+
+def is_field(full_name: str, member: str) -> bool:
+    """Whether it is data of a class, which the class's own docstring tells of, and which has no entry of its own."""
+    module, _, name = full_name.rpartition(".")
+    found = getattr(import_module(module), name)
+    if member in getattr(found, "__dataclass_fields__", {}):
+        return True
+    return inspect.isclass(found) and f"self.{member} = " in inspect.getsource(found)
 
 
 class CodeSpans(SphinxTransform):
@@ -67,9 +74,11 @@ class CodeSpans(SphinxTransform):
             node.replace_self(literal)
 
 
-def rewrite(_app: Any, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+def rewrite(_app: Any, what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
     """A docstring as reStructuredText, up to the sections that napoleon reads."""
     lines[:] = named_results(literal_blocks(lines))
+    if what == "property":
+        lines[:0] = ["..", ""]  # a comment: napoleon takes what is before a colon in the first line for a type
 
 
 def literal_blocks(lines: list[str]) -> list[str]:

@@ -127,6 +127,7 @@ def test_code_that_starts_with_a_public_name_is_a_reference():
         "LayerCacheHandle.begin_step(static=True)": "lightning_indexer.LayerCacheHandle.begin_step",
         "LayerCacheHandle.no_such_name": "lightning_indexer.LayerCacheHandle.no_such_name",
         "DSV4Config.indexer_hadamard": "lightning_indexer.DSV4Config",  # a field: where its class lists it
+        "LayerCacheHandle.window": "lightning_indexer.LayerCacheHandle",
         "accelerate": "lightning_indexer.integrations.transformers.accelerate",
         "top_k": None,
         "score_topk or not": None,
@@ -152,11 +153,20 @@ Returns:
 def test_docstrings_become_restructured_text():
     pytest.importorskip("sphinx")
     lines = DOCSTRING.splitlines()
-    load("docstrings").rewrite(None, "", "", None, None, lines)
+    load("docstrings").rewrite(None, "function", "", None, None, lines)
     text = "\n".join(lines)
     assert "::\n\n    a formula * of two ** factors\n" in text
     assert "\n    x: what it is,\n        and more.\n" in text
     assert ":returns:\n    \n    * **first**: one\n          and its rest.\n    * **second**: two" in text
+
+
+def test_a_colon_in_a_property_is_not_a_type():
+    pytest.importorskip("sphinx")
+    from sphinx.ext.napoleon import Config, GoogleDocstring
+
+    lines = ["Whether layers share entries: yes or no."]
+    load("docstrings").rewrite(None, "property", "", None, None, lines)
+    assert "share entries: yes" in str(GoogleDocstring(lines, Config(), what="property", name="shares"))
 
 
 NOWHERE = """# Page
