@@ -466,6 +466,28 @@ def check_scores(scores: torch.Tensor, problem: Problem, relative: float | None)
         )
 
 
+def listed_entries(blocks: np.ndarray, block_entries: int, length: int) -> np.ndarray:
+    """Ascending entries below `length` that lie in one of the blocks; negative ids name none."""
+    named = {int(i) * block_entries + j for i in blocks if i >= 0 for j in range(block_entries)}
+    return np.array(sorted(entry for entry in named if entry < length), np.int64)
+
+
+def make_lists(
+    problem: Problem, num_candidates: int, *, block_entries: int = 8, most: int | None = None, seed: int = 0
+) -> torch.Tensor:
+    """int32 [T, num_candidates] random blocks of each query's sequence: ascending, some of them not visible, -1 behind.
+
+    most: how many at most; by default as many as there is room for, or blocks.
+    """
+    rng, view = np.random.default_rng(seed), problem.cache.view
+    lists = np.full((len(problem.weights), num_candidates), -1, np.int32)
+    for row, length in zip(lists, problem.valid_lens.tolist(), strict=True):
+        blocks = min(-(-length // block_entries) + 2, view.max_entries // block_entries)
+        count = min(blocks, num_candidates, blocks if most is None else most)
+        row[:count] = np.sort(rng.permutation(blocks)[:count])
+    return torch.from_numpy(lists).to(problem.weights.device)
+
+
 def check_topk(
     score_topk: Callable,
     problem: Problem,
@@ -476,17 +498,21 @@ def check_topk(
     dense: torch.Tensor | None = None,
     **options: object,
 ) -> None:
-    """`score_topk` gives the stable sort of each row of `dense`, cut at k, bit for bit.
+    """`score_topk` gives the stable sort of each row of `dense`, cut at k, bit for bit; with `candidates` among the
+    options, of the entries in them.
 
     Without `dense` the scores are those of float64, so the problem must be exact in fp32.
     """
+    lists, block_entries = options.get("candidates"), options.get("candidate_entries", 8)
     result = problem.call(score_topk, top_k=top_k, order=order, output=output, return_scores=True, **options)
     indices, scores = (x.cpu().numpy() for x in result)
     dense = None if dense is None else dense.cpu()
     assert indices.shape == scores.shape == (len(problem.weights), top_k), indices.shape
     for t, length in enumerate(problem.valid_lens.tolist()):
         row = problem.exact_row(t).astype(np.float32) if dense is None else dense[t, :length].numpy()
-        want_indices, want_scores = expected_topk(row + np.float32(0), top_k, order)
+        listed = np.arange(length) if lists is None else listed_entries(lists[t].tolist(), block_entries, length)
+        want_indices, want_scores = expected_topk(row[listed] + np.float32(0), top_k, order)
+        want_indices = np.where(want_indices < 0, -1, np.append(listed, 0)[want_indices]).astype(np.int32)
         if output == "slot":
             want_indices = slots_of(problem.cache.view, int(problem.seq_ids[t]), want_indices)
         what = f"query {t} of length {length}, k {top_k}, order {order}"

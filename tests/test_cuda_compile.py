@@ -152,6 +152,7 @@ class Scorer:
         keys, queries: formats.
         wanted: queries per block that would suit the call.
         top_k: 0 for dense scores.
+        is_listed: the call has candidates.
     """
 
     arch: str
@@ -163,6 +164,7 @@ class Scorer:
     heads: int = 64
     dim: int = 128
     entries_per_block: int = 64
+    is_listed: bool = False
 
     @property
     def schema(self) -> CacheSchema:
@@ -174,7 +176,8 @@ class Scorer:
 
     @property
     def shape(self) -> score_topk.Shape:
-        return score_topk._shape(self.product, self.schema, self.heads, self.wanted, self.top_k, self.arch)
+        operands = (self.product, self.schema, self.heads, self.wanted, self.top_k, self.arch)
+        return score_topk._shape(*operands, self.is_listed)
 
     @property
     def specialisation(self) -> Specialisation:
@@ -205,6 +208,15 @@ def odd_scorers(arch: str) -> list[Scorer]:
     ]
 
 
+def listed_scorers(arch: str, **others: object) -> list[Scorer]:
+    """The model's 32 heads, and what takes the most registers."""
+    return [
+        *scorers(arch, NATURAL, (1,), (512,), is_listed=True, heads=32, **others),
+        *scorers(arch, [("mxfp4", "fp32")], (1,), (512,), is_listed=True, heads=128, **others),
+        *scorers(arch, [("bf16", "fp32")], (1,), (4096,), is_listed=True, heads=128, **others),
+    ]
+
+
 # The model's calls where it matters most, and some of each kind elsewhere.
 SAMPLE = {
     "sm_80": [*scorers("sm_80", MODEL, (16,), (512,)), *scorers("sm_80", NATURAL[:1], (1,), (0, 2048))],
@@ -223,13 +235,16 @@ SAMPLE = {
         *scorers("sm_120a", [("bf16", "fp32")], (1,), (512, 4096), heads=128),  # one warpgroup is all that fits
     ],
     **{f"{arch}-odd": odd_scorers(arch) for arch in ARCHS},
+    **{f"{arch}-listed": listed_scorers(arch) for arch in ARCHS},
+    "sm_90a-portable-listed": listed_scorers("sm_90a", engine="portable"),
 }
 
 
 def shape_of(specialisation: Specialisation) -> score_topk.Shape:
     (text,) = (argument for argument in specialisation.arguments if argument.startswith("Shape<"))
     heads, queries, per_product, groups, capacity, _, stages, _, halves, top_k = map(int, re.findall(r"\d+", text))
-    shape = score_topk.Shape(heads, queries, per_product, groups, capacity, stages, halves, top_k)
+    sizes = (heads, queries, per_product, groups, capacity, stages, halves, top_k)
+    shape = score_topk.Shape(*sizes, is_listed="true" in text)
     assert str(shape) == text
     return shape
 
@@ -315,7 +330,8 @@ def test_every_call_has_a_shape_that_fits(arch: str, engine: str) -> None:
         score_topk.INDEX_FORMATS, score_topk._QUERY_FORMATS, (1, 2, 4, 16), TOP_K, score_topk._PADDED_HEADS, (64, 128)
     )
     for keys, queries, wanted, top_k, heads, dim in calls:
-        scorer = Scorer(arch, keys, queries, wanted, top_k, engine, heads, dim)
+        is_listed = wanted == 1 and top_k % 2 == 1  # of both kinds where it is one query per block
+        scorer = Scorer(arch, keys, queries, wanted, top_k, engine, heads, dim, is_listed=is_listed)
         product, shape = scorer.product, scorer.shape
         taken, limit = score_topk._shared_bytes(product, shape, scorer.schema), score_topk._shared_limit(arch)
         assert taken <= limit, f"{scorer}: {shape} takes {taken} of {limit} bytes"

@@ -30,6 +30,7 @@ ALLOWED = {
     "query": ("checks", "formats"),
     "reference": ("cache.view", "formats", "query", "rotary"),
     "tracing": ("cache.schema", "cache.view", "query"),
+    "score_arguments": ("cache.view", "checks", "query"),
     "ops.": (
         "cache.ring",
         "cache.step",
@@ -40,6 +41,7 @@ ALLOWED = {
         "query",
         "reference",
         "rotary",
+        "score_arguments",
         "selection",
         "tracing",
     ),

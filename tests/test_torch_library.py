@@ -30,6 +30,7 @@ from lightning_indexer import (
     quantize_query,
     score_topk,
     score_topk_workspace_bytes,
+    select_candidates,
     sparse_attention,
     torch_library,
     visible_entries,
@@ -175,6 +176,21 @@ def test_a_compiled_step_follows_what_its_tensors_hold() -> None:
         step.positions.copy_(step.positions.flip(0))
         step.keys.block_table.copy_(step.keys.block_table.flip(0))
         step.slots.add_(2)
+
+
+def test_a_compiled_choice_of_candidates_and_what_is_chosen_from_them() -> None:
+    def run(step: Step) -> tuple[Tensor, ...]:
+        options = {"valid_lens": visible_entries(step.positions, RATIO), "seq_ids": step.seq_ids}
+        lists = select_candidates(step.q, step.weights, step.keys, num_blocks=4, **options)
+        other = step.weights.flip(0) * 2
+        found = score_topk(step.q, other, step.keys, top_k=9, candidates=lists, return_scores=True, **options)
+        return lists, *found
+
+    step = make_step()
+    got, want = torch.compile(run, fullgraph=True, backend="aot_eager")(step), run(step)
+    for name, a, b in zip(("lists", "indices", "scores"), got, want, strict=True):
+        assert_same(a, b, name)
+    assert (want[0][:, 0] >= 0).any() and (want[1] >= 0).any()
 
 
 # --- out=, order of writes, aliasing ------------------------------------------------------------------------------
@@ -385,6 +401,11 @@ def samples(device: str = "cpu") -> dict[str, tuple[Callable, tuple]]:
         found[f"score_topk-{format}"] = ops.score_topk.default, (*arguments, *everything)
         only_out = (outputs["out"].contiguous(), None, None, TOP_K)
         found[f"score_topk-{format}-out"] = ops.score_topk.default, (*arguments, *only_out)
+        lists = torch.tensor([[0, 2, 5], [1, -1, -1], [0, 1, 7], [3, 4, -1], [-1, -1, -1]], device=device).int()
+        options = ("index", "entry", None, "auto", lists, 8)
+        found[f"score_topk-{format}-candidates"] = ops.score_topk.default, (*arguments, *only_out, *options)
+        blocks = torch.zeros(5, 3, dtype=torch.int32, device=device)
+        found[f"select_candidates-{format}"] = ops.select_candidates.default, (*arguments, blocks)
         found[f"index_scores-{format}"] = ops.index_scores.default, (*arguments, torch.zeros(5, 70, device=device))
         parts = view_parts("", step.keys, IndexerView)
         found[f"append_entries-{format}"] = ops.append_entries.default, (step.new_keys, *parts, step.slots)
@@ -445,6 +466,7 @@ WRITTEN = {
     "gather_kv": ["out"],
     "index_scores": ["out"],
     "score_topk": ["out", "scores_out", "workspace"],
+    "select_candidates": ["out"],
     "merge_topk": ["out", "scores_out"],
     "sparse_attention": [],
     "visible_entries": [],
@@ -504,11 +526,13 @@ def calls(step: Step) -> tuple[Tensor, ...]:
     options = {"seq_ids": step.seq_ids, "valid_lens": compute_valid_lens(step.seq_ids, 16)}
     results = score_topk(step.q, step.weights, step.keys, top_k=TOP_K, return_scores=True, **options)
     dense = index_scores(step.q, step.weights, step.keys, out=torch.empty_like(step.new_keys), **options)
+    lists = select_candidates(step.q, step.weights, step.keys, num_blocks=3, **options)
+    listed = score_topk(step.q, step.weights, step.keys, top_k=5, candidates=lists, **options)
     rows = gather_kv(step.kv, results[0], seq_ids=step.seq_ids)
     valid = torch.empty(5, 2 * TOP_K, dtype=torch.bool, device=step.q.device)
     query = torch.empty(5, HEADS, 512, dtype=torch.bfloat16, device=step.q.device)
     attended = sparse_attention(query, rows, rows, valid=valid, sink=None, softmax_scale=1.0)
-    return lens, *results, dense, rows, *attended, *merge_topk(*results, top_k=3)
+    return lens, *results, lists, listed, dense, rows, *attended, *merge_topk(*results, top_k=3)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -610,7 +634,15 @@ def wrong_positions(step: Step) -> Tensor:
     return visible_entries(step.positions - 2, RATIO)
 
 
-WRONG = [wrong_slots, wrong_lens, wrong_dtype, wrong_view, wrong_top_k, wrong_out, wrong_positions]
+def wrong_candidates(step: Step) -> Tensor:
+    lists = torch.tensor([[2, 1]] * 5, dtype=torch.int32)
+    lens = torch.full_like(step.seq_ids, 64)
+    return score_topk(
+        step.q, step.weights, step.keys, top_k=TOP_K, valid_lens=lens, seq_ids=step.seq_ids, candidates=lists
+    )
+
+
+WRONG = [wrong_candidates, wrong_slots, wrong_lens, wrong_dtype, wrong_view, wrong_top_k, wrong_out, wrong_positions]
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda f: f.__name__)

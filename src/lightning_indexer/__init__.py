@@ -17,6 +17,7 @@ from lightning_indexer.ops.attention import sparse_attention
 from lightning_indexer.ops.gather_kv import gather_kv
 from lightning_indexer.ops.merge import merge_topk
 from lightning_indexer.ops.score_topk import index_scores, score_topk, score_topk_workspace_bytes
+from lightning_indexer.ops.select_candidates import select_candidates
 from lightning_indexer.ops.shard import ContiguousShard, InterleavedShard
 from lightning_indexer.ops.valid_lens import compute_valid_lens, visible_entries
 from lightning_indexer.query import QuantizedQuery, quantize_query
@@ -50,6 +51,7 @@ __all__ = [
     "quantize_query",
     "score_topk",
     "score_topk_workspace_bytes",
+    "select_candidates",
     "sparse_attention",
     "visible_entries",
 ]

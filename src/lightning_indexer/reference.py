@@ -64,6 +64,27 @@ def select(scores: Tensor, length: int, top_k: int) -> Tensor:
     return torch.cat([order, tail])
 
 
+def select_listed(scores: Tensor, length: int, top_k: int, blocks: Tensor, block_entries: int) -> Tensor:
+    """`select`, from the entries of some blocks alone: those whose ids are in `blocks`."""
+    entries = torch.arange(length, device=scores.device)
+    listed = entries[torch.isin(entries // block_entries, blocks)]
+    best = select(scores[listed], len(listed), top_k)
+    return torch.where(best < 0, -1, torch.nn.functional.pad(listed, (0, 1))[best])
+
+
+def select_blocks(scores: Tensor, length: int, num_blocks: int, block_entries: int) -> Tensor:
+    """Ids of the blocks of scores[:length] with the largest maxima, ascending, -1 tail.
+
+    The last block always; of others none whose maximum is -inf (NaN counts as -inf), and ties go to the smaller id.
+    """
+    newest = (length - 1) // block_entries  # -1 where there is none
+    row = torch.where(scores[:length].isnan(), -torch.inf, scores[:length])
+    maxima = row[: max(newest, 0) * block_entries].view(-1, block_entries).amax(-1).tolist()  # of all but the newest
+    others = sorted((-largest, block) for block, largest in enumerate(maxima) if largest > -torch.inf)
+    chosen = sorted([block for _, block in others[: num_blocks - 1]] + [newest] * (newest >= 0))
+    return torch.tensor(chosen + [-1] * (num_blocks - len(chosen)), dtype=torch.int32, device=scores.device)
+
+
 def gather_kv(view: PagedView, indices: Tensor, *, seq_ids: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """[T, k, D] in `dtype`: the selected entries, zeros where the index is -1."""
     out = torch.zeros(*indices.shape, view.schema.dim, dtype=dtype, device=view.device)

@@ -13,6 +13,7 @@ _INDEX_MASK = 0xFFFFFFFF
 _POSITIVE_INF = 0x7F800000
 _NEGATIVE_INF = -0x7F800001  # order-preserving image of the bits 0xFF800000
 _NAN = _NEGATIVE_INF - 1
+_FORCED = _POSITIVE_INF + 1
 
 
 def candidate_keys(scores: Tensor, indices: Tensor) -> Tensor:
@@ -28,6 +29,24 @@ def fill_keys(bits: Tensor, indices: Tensor, rank: Tensor, keys: Tensor) -> Tens
     rank.bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # as `_flip_negative`
     rank.clamp_min_(_NAN).masked_fill_(rank > _POSITIVE_INF, _NAN)
     return keys.copy_(rank).bitwise_left_shift_(32).add_(_INDEX_MASK - indices)
+
+
+def block_keys(scores: Tensor, lens: Tensor, first: int, block_entries: int) -> Tensor:
+    """int64 [Q, n] keys of blocks of entries by their largest score; EMPTY where that is -inf (as NaN counts).
+
+    The block of a row's last entry goes before all others.
+
+    Args:
+        scores: fp32 [Q, n * block_entries] from entry `first` on, overwritten.
+        lens: [Q, 1] entries of each row; what `scores` holds behind them is ignored.
+    """
+    width = scores.shape[1]
+    entries = torch.arange(first, first + width, device=scores.device)
+    scores.masked_fill_(entries >= lens, -torch.inf).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
+    maxima = scores.unflatten(1, (-1, block_entries)).amax(-1)
+    ids = torch.arange(first // block_entries, (first + width) // block_entries, device=scores.device)
+    keys = candidate_keys(maxima, ids).masked_fill_(maxima == -torch.inf, EMPTY)
+    return torch.where(ids == (lens - 1) // block_entries, (_FORCED << 32) + _INDEX_MASK - ids, keys)
 
 
 def key_indices(keys: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from lightning_indexer.ops.attention import eager_sparse_attention
 from lightning_indexer.ops.gather_kv import eager_gather_kv
 from lightning_indexer.ops.merge import eager_merge_topk
 from lightning_indexer.ops.score_topk import eager_index_scores, eager_score_topk
+from lightning_indexer.ops.select_candidates import eager_select_candidates
 from lightning_indexer.ops.valid_lens import eager_compute_valid_lens, eager_visible_entries
 from lightning_indexer.tracing import join_query, join_view
 
@@ -64,7 +65,7 @@ def _operator(
 
 @_operator(
     f"{_QUERY}, Tensor weights, {_VIEW}, {_ROWS}, Tensor(a!) out, Tensor(b!)? scores_out, Tensor(c!)? workspace, "
-    f"SymInt top_k, str order='index', str output='entry', {_OPTIONS}"
+    f"SymInt top_k, str order='index', str output='entry', {_OPTIONS}, Tensor? candidates=None, int candidate_entries=8"
 )
 def score_topk(
     q: Tensor,
@@ -88,6 +89,8 @@ def score_topk(
     output: str = "entry",
     validate: bool | None = None,
     impl: str = "auto",
+    candidates: Tensor | None = None,
+    candidate_entries: int = 8,
 ) -> None:
     layout = (format, entries_per_block, head_dim, global_scale)
     eager_score_topk(
@@ -105,6 +108,8 @@ def score_topk(
         workspace,
         validate,
         impl,
+        candidates,
+        candidate_entries,
     )
 
 
@@ -131,6 +136,32 @@ def index_scores(
     layout = (format, entries_per_block, head_dim, global_scale)
     view = join_view(IndexerView, storage, block_table, *layout)
     eager_index_scores(query, weights, view, valid_lens, seq_ids, out, validate, impl)
+
+
+@_operator(f"{_QUERY}, Tensor weights, {_VIEW}, {_ROWS}, Tensor(a!) out, int block_entries=8, {_OPTIONS}")
+def select_candidates(
+    q: Tensor,
+    q_scale: Tensor | None,
+    q_format: str | None,
+    q_global_scale: float,
+    weights: Tensor,
+    storage: Tensor,
+    block_table: Tensor,
+    format: str,
+    entries_per_block: int,
+    head_dim: int,
+    global_scale: float,
+    valid_lens: Tensor,
+    seq_ids: Tensor | None,
+    out: Tensor,
+    block_entries: int = 8,
+    validate: bool | None = None,
+    impl: str = "auto",
+) -> None:
+    query = join_query(q, q_scale, q_format, q_global_scale)
+    layout = (format, entries_per_block, head_dim, global_scale)
+    view = join_view(IndexerView, storage, block_table, *layout)
+    eager_select_candidates(query, weights, view, valid_lens, seq_ids, out, block_entries, validate, impl)
 
 
 @_operator(f"Tensor entries, Tensor(a!) storage, {_LAYOUT}, Tensor slots, str rounding='nearest_even', {_OPTIONS}")

@@ -24,6 +24,7 @@ from cases import (
     adversarial_row,
     check_scores,
     check_topk,
+    make_lists,
     make_problem,
     problem_with_scores,
     with_low_codes,
@@ -56,6 +57,8 @@ class Case:
     entries_per_block: int = 64
     top_k: int = 100
     blocks: int = BLOCKS
+    num_candidates: int = 0
+    candidate_entries: int = 8
 
     def problem(self, seed: int = 0) -> Problem:
         seq_ids = self.seq_ids or (0,) * len(self.valid_lens)
@@ -76,7 +79,9 @@ class Case:
 
     def __str__(self) -> str:
         shape = f"h{self.num_heads}-d{self.head_dim}-block{self.entries_per_block}-k{self.top_k}"
-        return f"{self.format}-{self.query_format}-{self.arch}-{len(self.valid_lens)}x{max(self.valid_lens)}-{shape}"
+        listed = f"-from{self.num_candidates}x{self.candidate_entries}" if self.num_candidates else ""
+        lens = f"{len(self.valid_lens)}x{max(self.valid_lens)}"
+        return f"{self.format}-{self.query_format}-{self.arch}-{lens}-{shape}{listed}"
 
 
 # One query over a sequence that all blocks share; a long chunk in groups of sixteen, whose lists run full; drafts; rows
@@ -94,7 +99,20 @@ CASES = [
     Case("mxfp4", "mxfp4", "sm_89", (9000,), blocks=7),
 ]
 IN_E4M3, IN_BF16 = CASES[0], CASES[5]  # what mxfp4 keys are turned into
+# Lists of blocks: one long one that all blocks of threads share; drafts of two sequences; pages of 48 entries, whose
+# blocks of sixteen begin at any of three places; more room than there are blocks; one block; lists that run full.
+LISTED = [
+    Case("mxfp4", "mxfp4", "sm_90a", (12_000,), num_candidates=700),
+    Case("nvfp4", "nvfp4", "sm_90a", (500, 501, 130, 131, 0), (1, 1, 0, 0, 1), num_heads=24, num_candidates=9),
+    Case("fp8", "fp8", "sm_90a", (300, 0, 65), (0, 1, 2), head_dim=128, num_candidates=40),
+    Case("bf16", "fp32", "sm_90a", (4001, 3999) * 2, (0, 0, 1, 1), top_k=300, num_candidates=300, blocks=7),
+    Case("mxfp4", "mxfp4", "sm_80", (700, 641, 0), (0, 1, 1), 8, 64, 48, num_candidates=30, candidate_entries=16),
+    Case("mxfp4", "mxfp4", "sm_80", (700, 641, 0), (0, 1, 1), entries_per_block=48, num_candidates=1),
+    Case("mxfp4", "mxfp4", "sm_89", (9000, 8999), num_candidates=1100, blocks=7),
+    Case("mxfp4", "mxfp4", "sm_90a", (17_000,), top_k=512, num_candidates=2048, blocks=1),
+]
 ADVERSARIAL = Case("bf16", "bf16", "sm_90a", (5000, 64, 1), (0, 1, 2), blocks=2)
+LISTED_ADVERSARIAL = dataclasses.replace(ADVERSARIAL, num_candidates=500)
 
 
 class HostKernel:
@@ -122,15 +140,16 @@ def specialisations(case: Case) -> list[Specialisation]:
         wanted.append(specialisation)
 
     problem = case.problem()
+    lists = make_lists(problem, case.num_candidates) if case.num_candidates else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "load_kernel", load)
         patch.setattr(cuda, "device_arch", lambda _index: case.arch)
         patch.setattr(cuda, "_multiprocessors", lambda _index: case.blocks)
         cuda._plan.cache_clear()
         view = problem.cache.view
-        call = cuda._Call("test", problem.q, problem.weights, view, problem.valid_lens, problem.seq_ids)
-        for top_k in (0, case.top_k):
-            call.plan(top_k, "auto")
+        operands = ("test", problem.q, problem.weights, view, problem.valid_lens, problem.seq_ids)
+        cuda._Call(*operands).plan(0, "auto")
+        cuda._Call(*operands, lists).plan(case.top_k, "auto")
     cuda._plan.cache_clear()
     return wanted
 
@@ -143,7 +162,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes._CFunc
         shutil.copy(path, folder)
     shutil.copy(HERE / "host_ptx.cuh", folder / "ptx.cuh")
     shutil.copy(HERE / "host_wgmma.cuh", folder / "wgmma.cuh")
-    wanted = {s.expression: s.source for case in [*CASES, ADVERSARIAL] for s in specialisations(case)}
+    wanted = {
+        s.expression: s.source
+        for case in [*CASES, *LISTED, ADVERSARIAL, LISTED_ADVERSARIAL]
+        for s in specialisations(case)
+    }
     options = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared", "-w", f"-I{HERE}"]
     assert COMPILER is not None
     started = []
@@ -192,10 +215,11 @@ def run_topk(
     order: str,
     output: str,
     return_scores: bool,
+    **lists: object,
 ) -> tuple[Tensor, Tensor]:
     indices, scores = torch.full((len(weights), top_k), -7, dtype=torch.int32), torch.full((len(weights), top_k), 7.0)
     workspace = torch.full((cuda.workspace_bytes.__wrapped__(top_k, None),), 255, dtype=torch.uint8)
-    options = {"by_score": order == "score", "as_slots": output == "slot"}
+    options = {"by_score": order == "score", "as_slots": output == "slot", **lists}
     cuda.score_topk(
         q, weights, view, valid_lens, seq_ids, **options, out=indices, scores_out=scores, workspace=workspace
     )
@@ -223,6 +247,53 @@ def test_selection_is_the_stable_sort_of_dense_scores(case: Case, imagine: Calla
     check_scores(dense, problem, 1e-5)
     for order, output in (("index", "entry"), ("score", "slot")):
         check_topk(run_topk, problem, case.top_k, order=order, output=output, dense=dense)
+
+
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("case", LISTED, ids=str)
+def test_selection_from_lists_is_the_stable_sort_of_what_they_name(case: Case, imagine: Callable[[Case], None]) -> None:
+    imagine(case)
+    problem = case.problem()
+    dense = run_dense(problem)
+    for order, output, most in (("index", "entry", None), ("score", "slot", 5)):
+        lists = make_lists(problem, case.num_candidates, block_entries=case.candidate_entries, most=most)
+        options = {"candidates": lists, "candidate_entries": case.candidate_entries}
+        check_topk(run_topk, problem, case.top_k, order=order, output=output, dense=dense, **options)
+
+
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("kind", ["all-zero", "sorted-up", "inf-and-nan"])
+def test_adversarial_rows_from_lists(kind: str, imagine: Callable[[Case], None]) -> None:
+    imagine(LISTED_ADVERSARIAL)
+    problem = problem_with_scores([adversarial_row(kind, n) for n in (5000, 64, 1)], "bf16")
+    dense, lists = run_dense(problem), make_lists(problem, 500)
+    for top_k, order in ((1, "index"), (64, "score"), (500, "index")):
+        check_topk(run_topk, problem, top_k, order=order, dense=dense, candidates=lists)
+
+
+@pytest.mark.usefixtures("on_host")
+def test_ids_out_of_range_are_ignored(imagine: Callable[[Case], None]) -> None:
+    case = LISTED[4]
+    imagine(case)
+    problem, outside = case.problem(), torch.iinfo(torch.int32)
+    lists = torch.tensor([[0, 5, -1, outside.max, 9, outside.min, 13, 44, -2, 2**27]] * 3, dtype=torch.int32)
+    options = {"candidates": lists, "candidate_entries": case.candidate_entries}
+    check_topk(run_topk, problem, 200, dense=run_dense(problem), **options)
+
+
+@pytest.mark.usefixtures("on_host")
+def test_ids_that_repeat_give_entries_that_repeat(imagine: Callable[[Case], None]) -> None:
+    """Far more ties than there are places: selection must come to an end, and write every place."""
+    case = LISTED[6]
+    imagine(case)
+    problem = case.problem()
+    lists = torch.full((2, case.num_candidates), 3, dtype=torch.int32)
+    lists[1, 1::2] = 2
+    for order in ("index", "score"):
+        indices, _ = problem.call(
+            run_topk, top_k=100, order=order, output="entry", return_scores=True, candidates=lists
+        )
+        assert set(indices[0].tolist()) <= set(range(24, 32)) and set(indices[1].tolist()) <= set(range(16, 32))
 
 
 @pytest.mark.usefixtures("on_host")

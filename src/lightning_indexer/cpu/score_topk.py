@@ -117,12 +117,19 @@ def score_topk(
     out: Tensor,
     scores_out: Tensor | None,
     workspace: Tensor,
+    candidates: Tensor | None,
+    candidate_entries: int,
 ) -> None:
-    """Fill `out` [T, k] (and `scores_out`) with the best entries of each row."""
+    """Fill `out` [T, k] (and `scores_out`) with the best entries of each row.
+
+    Args:
+        candidates: int32 [T, NB] blocks of `candidate_entries` entries that each row chooses from, None: from all.
+    """
     top_k = out.shape[1]
     scratch = Scratch.carve(workspace, weights.shape[1], view.schema.dim, top_k)
     for group in query_passes(q, weights, valid_lens, seq_ids):
-        best = best_keys(group, view, top_k, scratch)
+        lists = None if candidates is None else candidates[group.rows]
+        best = best_keys(group, view, top_k, scratch, lists, candidate_entries)
         best = best.sort(dim=1, descending=True).values if by_score else order_by_index(best)
         indices = key_indices(best)
         out[group.rows] = view.slots(seq_ids[group.rows], indices) if as_slots else indices
@@ -130,8 +137,13 @@ def score_topk(
             scores_out[group.rows] = key_scores(best)
 
 
-def best_keys(group: QueryPass, view: IndexerView, top_k: int, scratch: Scratch) -> Tensor:
-    """int64 [Q, k] candidate keys of the best entries, in no order, EMPTY where there are fewer."""
+def best_keys(
+    group: QueryPass, view: IndexerView, top_k: int, scratch: Scratch, lists: Tensor | None, block_entries: int
+) -> Tensor:
+    """int64 [Q, k] candidate keys of the best entries, in no order, EMPTY where there are fewer.
+
+    lists: int32 [Q, NB] blocks of entries to choose from, None for all.
+    """
     candidates = scratch.candidates[: len(group.lens)]
     candidates[:, :top_k] = EMPTY
     lens = torch.tensor(group.lens, device="cpu").unsqueeze(1)
@@ -143,8 +155,19 @@ def best_keys(group: QueryPass, view: IndexerView, top_k: int, scratch: Scratch)
         fill_keys(scores.view(torch.int32), indices, scratch.ranks[: len(group.lens), : stop - start], fresh)
         if min(group.lens) < stop:
             fresh.masked_fill_(indices >= lens, EMPTY)
+        if lists is not None:
+            fresh.masked_fill_(~_is_listed(lists, start, stop, block_entries), EMPTY)
         candidates[:, :top_k] = candidates[:, : top_k + stop - start].topk(top_k, dim=1, sorted=False).values
     return candidates[:, :top_k]
+
+
+def _is_listed(lists: Tensor, start: int, stop: int, block_entries: int) -> Tensor:
+    """bool [Q, stop - start]: whether entries lie in blocks of their row's list; `start` is a block's first."""
+    count = -(-(stop - start) // block_entries)
+    places = lists.long() - start // block_entries
+    places.masked_fill_((places < 0) | (places >= count), count)
+    listed = torch.zeros(len(lists), count + 1, dtype=torch.bool, device="cpu").scatter_(1, places, True)
+    return listed[:, :count].repeat_interleave(block_entries, dim=1)[:, : stop - start]
 
 
 def score_chunk(group: QueryPass, view: IndexerView, start: int, scratch: Scratch) -> Tensor:

@@ -48,6 +48,9 @@ SCORE_PARAMETERS = {
     "scores_out": POINTER,
     "scores_row_stride": INT64,
     "scores_column_stride": INT64,
+    "candidates": POINTER,
+    "num_candidates": INT32,
+    "candidate_shift": INT32,
     "workspace": POINTER,
 }
 MERGE_PARAMETERS = {
@@ -69,6 +72,9 @@ MERGE_PARAMETERS = {
     "scores_out": POINTER,
     "scores_row_stride": INT64,
     "scores_column_stride": INT64,
+    "candidates": POINTER,
+    "num_candidates": INT32,
+    "candidate_shift": INT32,
     "early_blocks": INT32,
     "workspace": POINTER,
 }
@@ -106,6 +112,9 @@ _LISTS = ((512, 2048, 4096, 16), (2048, 4096, 8192, 8), (4096, 8192, 8192, 4))
 _WANTED, _MOST_WANTED = (1, 1, 2, 4, 4), 16  # queries per block that suit so many queries of a sequence
 _FEW_QUERIES = 1  # `Workspace` of kernels/work.cuh has the same
 
+_RUN_ENTRIES = 8  # `Lists` of kernels/work.cuh has the same
+_MOST_LISTED_GROUPS, _LISTED_RINGS = 4, ((1, 4), (1, 2))  # warpgroups; halves of a tile and tiles under way
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -119,6 +128,7 @@ class Shape:
     stages: int
     halves: int
     max_top_k: int
+    is_listed: bool = False
 
     @property
     def threads(self) -> int:
@@ -150,7 +160,7 @@ class Shape:
             self.halves,
             self.max_top_k,
         )
-        return f"Shape<{', '.join(str(number) for number in numbers)}>"
+        return f"Shape<{', '.join(str(number) for number in numbers)}{', true' if self.is_listed else ''}>"
 
 
 @dataclass(frozen=True)
@@ -189,6 +199,8 @@ def score_topk(
     out: Tensor,
     scores_out: Tensor | None,
     workspace: Tensor,
+    candidates: Tensor | None = None,
+    candidate_entries: int = _RUN_ENTRIES,
     engine: str = "auto",
 ) -> None:
     """Fill `out` [T, k] (and `scores_out`) with the best entries of each row.
@@ -197,27 +209,33 @@ def score_topk(
     uses row t of the block table. Runs on the current stream without waiting. What lies out of range is clamped.
 
     Args:
+        candidates: int32 [T, NB] blocks of `candidate_entries` entries that each query chooses from, None: from all.
+        candidate_entries: 8 times a power of two that divides the entries of a page.
         engine: "auto", or "portable" for the kernel of other architectures on Hopper (to compare the two).
     Raises:
         NotImplementedError: the GPU or the format of the keys is not served.
         ValueError: the storage does not start at a multiple of 16 bytes.
     """
     num_tokens, top_k = out.shape
-    call = _Call("score_topk", q, weights, view, valid_lens, seq_ids)
+    call = _Call("score_topk", q, weights, view, valid_lens, seq_ids, candidates)
     if num_tokens == 0:
         return
     max_entries = view.max_entries
-    if max_entries == 0:
+    num_candidates = 0 if candidates is None else candidates.shape[1]
+    if max_entries == 0 or candidates is not None and num_candidates == 0:
         _fill_with_nothing(out, scores_out)
         return
     plan = call.plan(top_k, engine)
-    tiles = call.most_tiles(max_entries)
+    tiles = call.most_tiles(max_entries if candidates is None else min(num_candidates * candidate_entries, max_entries))
     early_blocks = plan.blocks // _BLOCKS_PER_EARLY_ONE if plan.merge.overlaps and tiles <= _SHORT_CALL_TILES else 0
     blocks = min(plan.blocks - early_blocks, tiles)
     scores = (0, 0, 0) if scores_out is None else (scores_out.data_ptr(), *scores_out.stride())
     outputs = (out.data_ptr(), *out.stride(), *scores)
     address = workspace.data_ptr()
-    plan.score.launch((blocks, 1, 1), *call.operands(max_entries), top_k, by_score, as_slots, *outputs, address)
+    lists = (0, 0, 0)
+    if call.candidates is not None:
+        lists = (call.candidates.data_ptr(), num_candidates, (candidate_entries // _RUN_ENTRIES).bit_length() - 1)
+    plan.score.launch((blocks, 1, 1), *call.operands(max_entries), top_k, by_score, as_slots, *outputs, *lists, address)
     if blocks > 1:
         plan.merge.launch(
             (blocks, plan.shape.queries, 1),
@@ -230,6 +248,7 @@ def score_topk(
             *call.table_arguments,
             *call.seq_ids_arguments,
             *outputs,
+            *lists,
             early_blocks,
             address,
         )
@@ -253,7 +272,9 @@ def index_scores(
         return
     plan = call.plan(0, engine)
     blocks = min(plan.blocks, call.most_tiles(width))
-    plan.score.launch((blocks, 1, 1), *call.operands(width), 1, 0, 0, 0, 0, 0, out.data_ptr(), *out.stride(), 0)
+    plan.score.launch(
+        (blocks, 1, 1), *call.operands(width), 1, 0, 0, 0, 0, 0, out.data_ptr(), *out.stride(), 0, 0, 0, 0
+    )
 
 
 @functools.cache
@@ -280,6 +301,9 @@ def specialisations(schema: CacheSchema, arch: str) -> Iterator[Specialisation]:
                         product = _product(schema, query_format, heads, arch, engine)
                         shape = _shape(product, schema, heads, wanted, top_k, arch)
                         seen.add(_score_specialisation(schema, product, shape, top_k == 0, arch))
+                        if top_k > 0:
+                            listed = _shape(product, schema, heads, 1, top_k, arch, is_listed=True)
+                            seen.add(_score_specialisation(schema, product, listed, False, arch))
     yield from sorted(seen, key=str)
     for top_k, *_ in _LISTS:
         yield _merge_specialisation(schema, top_k, arch)
@@ -301,18 +325,25 @@ class _Plan:
 
 @functools.cache
 def _plan(
-    schema: CacheSchema, query_format: str, num_heads: int, wanted: int, top_k: int, engine: str, device_index: int
+    schema: CacheSchema,
+    query_format: str,
+    num_heads: int,
+    wanted: int,
+    top_k: int,
+    engine: str,
+    device_index: int,
+    is_listed: bool = False,
 ) -> _Plan:
-    """wanted: queries per block that would suit the call. top_k 0: dense scores."""
+    """wanted: queries per block that would suit the call. top_k 0: dense scores. is_listed: see `Lists` in work.cuh."""
     arch = device_arch(device_index)
     heads = next(padded for padded in _PADDED_HEADS if padded >= num_heads)
     product = _product(schema, query_format, heads, arch, engine)
-    shape = _shape(product, schema, heads, wanted, top_k, arch)
+    shape = _shape(product, schema, heads, wanted, top_k, arch, is_listed)
     score = load_kernel(
         _score_specialisation(schema, product, shape, top_k == 0, arch),
         device_index,
         SCORE_PARAMETERS,
-        threads=shape.threads + (_producer_threads(shape) if product.is_wgmma else 0),
+        threads=shape.threads + (_producer_threads(shape) if _is_copied(product, shape) else 0),
         shared_bytes=_shared_bytes(product, shape, schema),
     )
     merge = load_kernel(
@@ -342,7 +373,9 @@ def _product(schema: CacheSchema, query_format: str, heads: int, arch: str, engi
     return Product(f"{keys}<{schema.dim}>", "E4M3" if is_fp8 else "BF16", terms, is_wgmma)
 
 
-def _shape(product: Product, schema: CacheSchema, heads: int, wanted: int, top_k: int, arch: str) -> Shape:
+def _shape(
+    product: Product, schema: CacheSchema, heads: int, wanted: int, top_k: int, arch: str, is_listed: bool = False
+) -> Shape:
     """The most queries per block up to `wanted`, then the most tiles under way, that fit shared memory."""
     max_top_k, *_, most = _lists(top_k)
     for fewer_groups in (False, True):
@@ -351,8 +384,10 @@ def _shape(product: Product, schema: CacheSchema, heads: int, wanted: int, top_k
             per_product = _queries_per_product(product, queries, heads, top_k)
             groups = 1 if fewer_groups else _groups(product, queries, heads * per_product, capacity)
             rings = _rings(product, queries == per_product and heads * per_product <= 64)
+            if is_listed:
+                groups, rings = min(groups, _MOST_LISTED_GROUPS), _LISTED_RINGS
             for halves, stages in (*rings, (1, 1)) if fewer_groups else rings:
-                shape = Shape(heads, queries, per_product, groups, capacity, stages, halves, max_top_k)
+                shape = Shape(heads, queries, per_product, groups, capacity, stages, halves, max_top_k, is_listed)
                 fits = _shared_bytes(product, shape, schema) <= _shared_limit(arch)
                 if queries <= min(wanted, most) and fits:
                     return shape
@@ -445,10 +480,15 @@ def _shared_bytes(product: Product, shape: Shape, schema: CacheSchema) -> int:
     return shape.offset + max(operands, shape.teams * shape.max_top_k * 8) + _ring_bytes(product, shape, schema)
 
 
+def _is_copied(product: Product, shape: Shape) -> bool:
+    """Whether the copy engine feeds the block. It copies whole tiles, and what lists name is no such thing."""
+    return product.is_wgmma and not shape.is_listed
+
+
 def _ring_bytes(product: Product, shape: Shape, schema: CacheSchema) -> int:
     """`kBytes` of the feed in kernels/feed.cuh."""
     slots = shape.groups * shape.stages
-    if product.is_wgmma:
+    if _is_copied(product, shape):
         control = 16 * slots + (4 * slots + 11) // 8 * 8 + 24
         return -(-control // 128) * 128 + slots * shape.halves * _HALF_ENTRIES * schema.bytes_per_entry
     lane_bytes = schema.data_bytes // 4 + (4 if schema.scale_bytes else 0)
@@ -461,8 +501,8 @@ def _score_specialisation(
     arguments = (
         product.keys,
         product.type(shape, schema.dim),
-        f"{'BulkFeed' if product.is_wgmma else 'LaneFeed'}<{product.keys}, {block_type(schema)}, "
-        f"{shape.groups}, {shape.stages}, {shape.halves}>",
+        f"{'BulkFeed' if _is_copied(product, shape) else 'LaneFeed'}<{product.keys}, {block_type(schema)}, "
+        f"{shape.groups}, {shape.stages}, {shape.halves}{', true' if shape.is_listed else ''}>",
         block_type(schema),
         str(shape),
         str(product.terms),
@@ -491,6 +531,7 @@ class _Call:
         view: IndexerView,
         valid_lens: Tensor,
         seq_ids: Tensor | None,
+        candidates: Tensor | None = None,
     ) -> None:
         if view.schema.format not in INDEX_FORMATS:
             raise NotImplementedError(
@@ -511,6 +552,7 @@ class _Call:
         self.data, self.weights, self.valid_lens = _aligned(data), weights.contiguous(), valid_lens.contiguous()
         self.scale = None if scale is None else _aligned(scale)
         self.seq_ids = None if seq_ids is None else seq_ids.contiguous()  # held until it has been launched
+        self.candidates = None if candidates is None else candidates.contiguous()
         table = view.block_table
         self.table_arguments = (table.data_ptr(), *table.stride(), view.num_seqs)
         self.seq_ids_arguments = (
@@ -519,9 +561,10 @@ class _Call:
 
     def plan(self, top_k: int, engine: str) -> _Plan:
         """What to launch; top_k 0: dense scores."""
-        view = self.view
-        wanted = self._queries_per_seq()
-        return _plan(view.schema, self.query_format, self.num_heads, wanted, top_k, engine, view.device.index)
+        view, is_listed = self.view, self.candidates is not None
+        wanted = 1 if is_listed else self._queries_per_seq()
+        index = view.device.index
+        return _plan(view.schema, self.query_format, self.num_heads, wanted, top_k, engine, index, is_listed)
 
     def most_tiles(self, max_entries: int) -> int:
         """Tiles of entries that the call can have, by its shapes."""

@@ -8,13 +8,20 @@ import torch
 from torch import Tensor
 
 from lightning_indexer import reference
-from lightning_indexer.cache.view import IndexerView, check_view
+from lightning_indexer.cache.view import IndexerView
 from lightning_indexer.checks import check_choice, check_range, check_tensor, choose_impl
 from lightning_indexer.precision import full_float32
 from lightning_indexer.query import QuantizedQuery
+from lightning_indexer.score_arguments import (
+    BLOCK_ENTRIES,
+    check_heads,
+    check_operands,
+    check_rows,
+    clamp_rows,
+    wants_checks,
+)
 from lightning_indexer.tracing import is_traced, query_parts, view_parts
 
-MAX_HEADS = 128
 MAX_TOP_K = 4096
 
 _ORDERS, _OUTPUTS = ("index", "score"), ("entry", "slot")
@@ -58,10 +65,10 @@ def eager_index_scores(
 ) -> Tensor:
     """`index_scores`, unseen by torch's dispatcher."""
     op = "index_scores"
-    _check_operands(op, q, weights, view, valid_lens, seq_ids)
+    check_operands(op, q, weights, view, valid_lens, seq_ids)
     impl = choose_impl(op, impl, view.device, has_cuda=True)
-    if _wants_checks(validate, view):
-        _check_rows(op, view, valid_lens, seq_ids)
+    if wants_checks(validate, view):
+        check_rows(op, view, valid_lens, seq_ids)
     longest = min(max(int(valid_lens.max()), 0), view.max_entries) if out is None and len(valid_lens) else 0
     if out is None:
         out = torch.empty(len(weights), longest, dtype=torch.float32, device=view.device)
@@ -69,7 +76,7 @@ def eager_index_scores(
     if impl == "cuda":
         _streaming(impl).index_scores(q, weights, view, valid_lens, seq_ids, out)
         return out
-    valid_lens, seq_ids = _clamp_rows(view, valid_lens, seq_ids)
+    valid_lens, seq_ids = clamp_rows(view, valid_lens, seq_ids)
     longest = int(valid_lens.max()) if len(valid_lens) else 0
     if out.shape[1] < longest:
         raise ValueError(f"{op}: out must have at least max(valid_lens) = {longest} columns, got {out.shape[1]}")
@@ -95,6 +102,8 @@ def score_topk(
     out: Tensor | None = None,
     scores_out: Tensor | None = None,
     workspace: Tensor | None = None,
+    candidates: Tensor | None = None,
+    candidate_entries: int = 8,
     validate: bool | None = None,
     impl: str = "auto",
 ) -> Tensor: ...
@@ -115,6 +124,8 @@ def score_topk(
     out: Tensor | None = None,
     scores_out: Tensor | None = None,
     workspace: Tensor | None = None,
+    candidates: Tensor | None = None,
+    candidate_entries: int = 8,
     validate: bool | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -134,15 +145,18 @@ def score_topk(
     out: Tensor | None = None,
     scores_out: Tensor | None = None,
     workspace: Tensor | None = None,
+    candidates: Tensor | None = None,
+    candidate_entries: int = 8,
     validate: bool | None = None,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Score every visible entry of each query's sequence and keep the `top_k` best.
+    """Score every visible entry of each query's sequence, or those in its candidate blocks, and keep the `top_k` best.
 
         score[t, s] = sum_h weights[t, h] * max(0, <q[t, h], k[s]>)
 
     The result equals a stable descending sort of `index_scores`, cut at k, bit for bit: ties go to the smaller index,
-    +0 equals -0, and NaN ranks after everything else, -inf included. No allocation grows with T x context.
+    +0 equals -0, and NaN ranks after everything else, -inf included. No allocation grows with T x context. With
+    `candidates` the sort is of the same scores, bit for bit, without the entries that are in none of a query's blocks.
 
     Args:
         q: [T, H, D] fp32, bf16 or fp16, or a `QuantizedQuery`. H is a multiple of 8 up to 128; D is 64 or 128.
@@ -157,8 +171,15 @@ def score_topk(
             the entry index).
         out: int32 [T, top_k] and scores_out: fp32 [T, top_k], written in place; new tensors by default.
         workspace: uint8, at least `score_topk_workspace_bytes(...)` bytes; a new tensor by default.
-        validate: check lengths, seq_ids and block ids against the storage before any work, ValueError naming the worst.
-            Default: on a CPU yes; elsewhere no, because it would wait for the device, and they are clamped.
+        candidates: int32 [T, NB], the blocks of entries that each query may choose from, as `select_candidates` lists
+            them: ids ascend, -1 behind the last. Block i holds entries `i * candidate_entries` up to the next block's;
+            those beyond `valid_lens` are left out. A GPU scores what is listed and no more, each query by itself; a
+            CPU scores everything and drops the rest.
+        candidate_entries: 8 or 16.
+        validate: check lengths, seq_ids, block ids and candidates before any work, ValueError naming the worst.
+            Default: on a CPU yes; elsewhere no, because it would wait for the device, and they are clamped. Candidates
+            out of range are then ignored; of those that do not ascend some may be passed over, and of those that repeat
+            entries may be returned twice.
         impl: "auto", "cpu" (streams, multithreaded), "cuda" (fused kernels) or "reference" (plain torch, materialises
             each row).
     Returns:
@@ -181,6 +202,8 @@ def score_topk(
         workspace,
         validate,
         impl,
+        candidates,
+        candidate_entries,
     )
 
 
@@ -199,10 +222,12 @@ def eager_score_topk(
     workspace: Tensor | None,
     validate: bool | None,
     impl: str,
+    candidates: Tensor | None = None,
+    candidate_entries: int = 8,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`score_topk`, unseen by torch's dispatcher."""
     op = "score_topk"
-    num_tokens, num_heads = _check_operands(op, q, weights, view, valid_lens, seq_ids)
+    num_tokens, num_heads = check_operands(op, q, weights, view, valid_lens, seq_ids)
     device = view.device
     impl = choose_impl(op, impl, device, has_cuda=True)
     check_choice(op, "order", order, _ORDERS)
@@ -213,20 +238,25 @@ def eager_score_topk(
         check_tensor(op, "out", out, dtype=torch.int32, shape=shape, device=device)
     if scores_out is not None:
         check_tensor(op, "scores_out", scores_out, dtype=torch.float32, shape=shape, device=device)
+    if candidates is not None:
+        check_choice(op, "candidate_entries", candidate_entries, BLOCK_ENTRIES)
+        check_tensor(op, "candidates", candidates, dtype=torch.int32, shape=(num_tokens, "NB"), device=device)
     workspace = _check_workspace(op, workspace, num_heads, view, top_k)
-    if _wants_checks(validate, view):
-        _check_rows(op, view, valid_lens, seq_ids)
+    if wants_checks(validate, view):
+        check_rows(op, view, valid_lens, seq_ids)
+        if candidates is not None:
+            _check_lists(op, candidates, view.max_entries // candidate_entries)
     if out is None:
         out = torch.empty(shape, dtype=torch.int32, device=device)
     if return_scores and scores_out is None:
         scores_out = torch.empty(shape, dtype=torch.float32, device=device)
     by_score, as_slots = order == "score", output == "slot"
     if impl == "reference":
-        rows = _clamp_rows(view, valid_lens, seq_ids)
-        _reference(q, weights, view, *rows, by_score, as_slots, out, scores_out)
+        rows = clamp_rows(view, valid_lens, seq_ids)
+        _reference(q, weights, view, *rows, by_score, as_slots, out, scores_out, candidates, candidate_entries)
     else:
         if impl == "cpu":  # the kernels clamp for themselves
-            valid_lens, seq_ids = _clamp_rows(view, valid_lens, seq_ids)
+            valid_lens, seq_ids = clamp_rows(view, valid_lens, seq_ids)
         _streaming(impl).score_topk(
             q,
             weights,
@@ -238,6 +268,8 @@ def eager_score_topk(
             out=out,
             scores_out=scores_out,
             workspace=workspace,
+            candidates=candidates,
+            candidate_entries=candidate_entries,
         )
     return _results(out, scores_out, return_scores)
 
@@ -257,6 +289,8 @@ def _score_topk_through_torch(
     workspace: Tensor | None,
     validate: bool | None,
     impl: str,
+    candidates: Tensor | None = None,
+    candidate_entries: int = 8,
 ) -> Tensor | tuple[Tensor, Tensor]:
     parts = (*query_parts(q), weights, *view_parts("score_topk", view, IndexerView))
     _check_top_k("score_topk", top_k)
@@ -266,7 +300,8 @@ def _score_topk_through_torch(
     if return_scores and scores_out is None:
         scores_out = torch.empty(shape, dtype=torch.float32, device=view.device)
     tensors = (valid_lens, seq_ids, out, scores_out, workspace)
-    torch.ops.lightning_indexer.score_topk(*parts, *tensors, top_k, order, output, validate, impl)
+    options = (order, output, validate, impl, candidates, candidate_entries)
+    torch.ops.lightning_indexer.score_topk(*parts, *tensors, top_k, *options)
     return _results(out, scores_out, return_scores)
 
 
@@ -286,7 +321,7 @@ def score_topk_workspace_bytes(*, num_heads: int, head_dim: int, top_k: int, dev
     """
     op = "score_topk_workspace_bytes"
     _check_top_k(op, top_k)
-    _check_heads(op, "num_heads", num_heads)
+    check_heads(op, "num_heads", num_heads)
     check_choice(op, "head_dim", head_dim, (64, 128))
     device = torch.device(device)
     if device.type == "cuda":
@@ -338,11 +373,16 @@ def _reference(
     as_slots: bool,
     out: Tensor,
     scores_out: Tensor | None,
+    candidates: Tensor | None,
+    candidate_entries: int,
 ) -> None:
     longest = int(valid_lens.max()) if len(valid_lens) else 0
     dense = reference.index_scores(q, weights, view, valid_lens=valid_lens, seq_ids=seq_ids, max_len=longest)
     for t, length in enumerate(valid_lens.tolist()):
-        best = reference.select(dense[t], length, out.shape[1])
+        if candidates is None:
+            best = reference.select(dense[t], length, out.shape[1])
+        else:
+            best = reference.select_listed(dense[t], length, out.shape[1], candidates[t], candidate_entries)
         if not by_score:
             best = torch.cat([best[best >= 0].sort().values, best[best < 0]])
         if scores_out is not None:
@@ -364,70 +404,15 @@ def _streaming(impl: str) -> ModuleType:
     return cpu
 
 
-def _check_operands(
-    op: str,
-    q: Tensor | QuantizedQuery,
-    weights: Tensor,
-    view: IndexerView,
-    valid_lens: Tensor,
-    seq_ids: Tensor | None,
-) -> tuple[int, int]:
-    """Check everything that shapes and dtypes tell. Returns T and H."""
-    check_view(op, view, IndexerView)
-    device = view.device
-    check_tensor(op, "weights", weights, dtype=torch.float32, shape=("T", "H"), device=device)
-    num_tokens, num_heads = weights.shape
-    _check_heads(op, "weights", num_heads)
-    q_shape = (num_tokens, num_heads, view.schema.dim)
-    if isinstance(q, QuantizedQuery):
-        if q.shape != q_shape or q.device != device:
-            raise ValueError(
-                f"{op}: q must be a QuantizedQuery of shape {list(q_shape)} on {device}, "
-                f"got {list(q.shape)} on {q.device}"
-            )
-    else:
-        dtypes = (torch.float32, torch.bfloat16, torch.float16)
-        check_tensor(op, "q", q, dtype=dtypes, shape=q_shape, device=device)
-    check_tensor(op, "valid_lens", valid_lens, dtype=torch.int32, shape=(num_tokens,), device=device)
-    if seq_ids is not None:
-        check_tensor(op, "seq_ids", seq_ids, dtype=(torch.int32, torch.int64), shape=(num_tokens,), device=device)
-    elif num_tokens > view.num_seqs:
-        raise ValueError(
-            f"{op}: without seq_ids query t uses row t of block_table, which has {view.num_seqs} rows "
-            f"for {num_tokens} queries (pass seq_ids)"
-        )
-    return num_tokens, num_heads
-
-
-def _wants_checks(validate: bool | None, view: IndexerView) -> bool:
-    """Whether to look at what the tensors hold, which on a GPU waits for the device."""
-    return validate if validate is not None else view.storage.is_cpu
-
-
-def _check_rows(op: str, view: IndexerView, valid_lens: Tensor, seq_ids: Tensor | None) -> None:
-    if seq_ids is None:
-        seq_ids = _own_rows(valid_lens)
-    if len(seq_ids):
-        check_range(op, "seq_ids", seq_ids, 0, view.num_seqs - 1)
-    check_range(op, "valid_lens", valid_lens, 0, view.max_entries)
-    view.check_blocks(op, seq_ids, valid_lens)
-
-
-def _clamp_rows(view: IndexerView, valid_lens: Tensor, seq_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Lengths and sequences within the view, seq_ids with its default filled in. (The kernels do this themselves.)"""
-    if seq_ids is None:
-        seq_ids = _own_rows(valid_lens)
-    return valid_lens.clamp(0, view.max_entries), seq_ids.clamp(0, max(view.num_seqs - 1, 0))
-
-
-def _own_rows(valid_lens: Tensor) -> Tensor:
-    """Query t uses row t of the block table."""
-    return torch.arange(len(valid_lens), dtype=torch.int32, device=valid_lens.device)
-
-
-def _check_heads(op: str, name: str, num_heads: int) -> None:
-    if num_heads % 8 or not 8 <= num_heads <= MAX_HEADS:
-        raise ValueError(f"{op}: {name} must have a multiple of 8 heads up to {MAX_HEADS}, got {num_heads}")
+def _check_lists(op: str, candidates: Tensor, num_blocks: int) -> None:
+    """Raise ValueError unless each row ascends, -1 behind the last, below `num_blocks`."""
+    check_range(op, "candidates", candidates, -1, num_blocks - 1)
+    before, after = candidates[:, :-1], candidates[:, 1:]
+    wrong = ((after >= 0) & ((after <= before) | (before < 0))).nonzero()
+    if len(wrong):
+        t, j = wrong[0].tolist()
+        pair = f"{int(before[t, j])}, {int(after[t, j])} from [{t}, {j}] on"
+        raise ValueError(f"{op}: candidates must ascend in each row, -1 behind the last, got {pair}")
 
 
 def _check_top_k(op: str, top_k: int) -> None:

@@ -6,7 +6,9 @@
 //     await_copied, announce_part, announce_loaded(rings)     around the writing of a part, and behind its queries
 //     begin(part, rings)     called by all that score, once the part is known
 //     has_tile()             whether this warpgroup has a tile left
-//     next()                 wait for the next one; returns its warp's first entry
+//     next()                 wait for the next one; returns where the run of eight entries begins of which the lane finishes
+//                            one: the first of the warp's first sixteen, for lanes with an odd place in their quad the
+//                            second. Of listed entries it is their place (`Lists`), or far behind where there is none
 //     read(half, rows)       the lane's share of a half of it
 //     release()              once those registers have been used: their place in shared memory may be written again
 //     reclaim()              all that wrote to the rings between parts, before the next one
@@ -59,26 +61,37 @@ __device__ __forceinline__ void read_pieces(uint32_t address, uint32_t stride, t
 
 // --- by the lanes themselves (sm_80 and newer) ------------------------------------------------------------------------
 
-// Every lane copies its own share some tiles ahead and reads it back itself, so nobody waits for anybody.
-template <class Keys, class Block, int kGroups, int kStages, int kHalves>
+// Every lane copies its own share some tiles ahead and reads it back itself, so nobody waits for anybody. kIsListed: a
+// tile's entries are those of the next eight runs of a query's list (`Lists`), each wherever it lies.
+template <class Keys, class Block, int kGroups, int kStages, int kHalves, bool kIsListed_ = false>
 struct LaneFeed {
+  static constexpr bool kIsListed = kIsListed_;
   static constexpr int kProducerThreads = 0;
   static constexpr int kTile = kHalves * kHalfEntries, kRows = 2 * kHalves;  // of a lane
   static constexpr int kPieceStride = kWarpThreads * Keys::kPieceBytes, kRowStride = Keys::kPieces * kPieceStride;
   static constexpr int kStageBytes = kRows * (kRowStride + 4 * kWarpThreads * Keys::kScaleWords);
   static constexpr int kControlBytes = 0, kBytes = kGroups * 4 * kStages * kStageBytes;
+  static constexpr int kStretches = kIsListed ? 2 : 1;  // that a warp's sixteen entries lie in
+  // Behind every length, and at the start of a run in every page.
+  static constexpr uint32_t kNoEntry = 0x7FFFFFF8u;
   static_assert((kStages & (kStages - 1)) == 0, "stages are taken in turn");
+  static_assert(!kIsListed || kHalves == 1, "the halves of a tile are 64 entries apart");
 
   const Pages& pages;
-  uint32_t lane, warp;        // of the warpgroup's four
-  uint32_t pieces, words;     // shared addresses: of the lane's first piece, and of its first scale word
+  const Lists& lists;
+  const int32_t* list;          // the query's
+  int listed, visible, length;  // ids in it to look at; blocks and entries that the query sees
+  uint32_t lane, warp;          // of the warpgroup's four
+  uint32_t pieces, words;       // shared addresses: of the lane's first piece, and of its first scale word
   Sequence<Block> sequence;
   Walk walk;
   uint32_t to_fetch, to_score, stage;
-  int32_t next_blocks[kHalves];
-  uint32_t entries[kStages];  // the first of each tile under way, oldest first
+  int32_t next_blocks[kHalves * kStretches];  // of the tile to fetch
+  uint32_t next_entries[kStretches];          // where its stretches begin, if they are listed
+  uint32_t entries[kStages];                  // what `next` returns for each tile under way, oldest first
 
-  __device__ __forceinline__ explicit LaneFeed(const Pages& pages) : pages(pages), sequence(pages, {}), walk(0, 1) {}
+  __device__ __forceinline__ LaneFeed(const Pages& pages, const Rows& rows)
+      : pages(pages), lists(rows.lists), sequence(pages, {}), walk(0, 1) {}
 
   __device__ static __forceinline__ void take_registers() {}
   __device__ static __forceinline__ void prepare(uint8_t*, uint32_t) {}
@@ -94,7 +107,13 @@ struct LaneFeed {
     words = ring + kRows * kRowStride + 4 * lane;
     const uint32_t group = thread / 128, all = part.end - part.begin, from = all * group / kGroups;
     to_fetch = to_score = all * (group + 1) / kGroups - from;
-    walk = Walk(part.begin + from, part.group.template tiles<kTile>());
+    if constexpr (kIsListed) {
+      list = lists.of(part.group.row), length = part.group.longest;
+      visible = lists.visible(length), listed = lists.listed(length);
+      walk = Walk(part.begin + from, tiles_of<kTile>(listed * lists.block_entries()));
+    } else {
+      walk = Walk(part.begin + from, part.group.template tiles<kTile>());
+    }
     sequence = Sequence<Block>(pages, part.group);
     find_next();
     stage = 0;
@@ -127,7 +146,24 @@ struct LaneFeed {
   __device__ static __forceinline__ void reclaim() {}
 
  private:
+  // Of the warp's share of the tile to fetch; where entries are listed, its place.
   __device__ __forceinline__ uint32_t first_entry() const { return walk.tile * kTile + warp * 16; }
+
+  // What `next` will return for that tile.
+  __device__ __forceinline__ uint32_t finished_run() const {
+    const uint32_t run = first_entry() + 8 * (lane & 1);
+    if constexpr (!kIsListed) return run;
+    const uint32_t entry = (lane & 1 ? next_entries[1] : next_entries[0]) + lane / 4;
+    return entry < static_cast<uint32_t>(length) ? run : kNoEntry;
+  }
+
+  // The first entry of a run of the query's list.
+  __device__ __forceinline__ uint32_t listed_entry(uint32_t run) const {
+    const int i = static_cast<int>(run >> lists.shift);
+    const int block = i < listed ? list[i] : -1;
+    if (block < 0 || block >= visible) return kNoEntry;
+    return ((static_cast<uint32_t>(block) << lists.shift) + run % (1u << lists.shift)) * Lists::kRunEntries;
+  }
 
   __device__ __forceinline__ void shift() {
 #pragma unroll
@@ -135,24 +171,36 @@ struct LaneFeed {
   }
 
   __device__ __forceinline__ void find_next() {
+    if constexpr (kIsListed) {
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      next_blocks[half] = to_fetch ? sequence.find(pages, first_entry() + half * kHalfEntries) : 0;
+      for (int i = 0; i < kStretches; ++i) {
+        next_entries[i] = to_fetch ? listed_entry(first_entry() / Lists::kRunEntries + i) : kNoEntry;
+        next_blocks[i] = to_fetch ? sequence.find(pages, next_entries[i]) : 0;
+      }
+    } else {
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        next_blocks[half] = to_fetch ? sequence.find(pages, first_entry() + half * kHalfEntries) : 0;
+      }
     }
   }
 
   __device__ __forceinline__ void fetch(uint32_t target) {
-    entries[kStages - 1] = first_entry();
+    entries[kStages - 1] = finished_run();
     if (to_fetch) {
+      const uint32_t place = target * kStageBytes, c = lane % 4;
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        const uint32_t row = (first_entry() + half * kHalfEntries) % Block::kEntries + lane / 4, c = lane % 4;
-        const uint8_t* block = pages.storage + static_cast<uint64_t>(pages.clamp(next_blocks[half])) * pages.block_stride;
+      for (int stretch = 0; stretch < kHalves * kStretches; ++stretch) {
+        const uint32_t first = kIsListed ? next_entries[stretch % kStretches] : first_entry() + stretch * kHalfEntries;
+        const uint32_t row = first % Block::kEntries + lane / 4;
+        const uint8_t* block =
+            pages.storage + static_cast<uint64_t>(pages.clamp(next_blocks[stretch])) * pages.block_stride;
         const uint8_t* source = block + row * Block::kDataBytes + c * Keys::kPieceBytes;
         const uint8_t* scales = block + Block::kScaleOffset + row * Block::kScaleBytes + 4 * Keys::scale_word(c);
+        constexpr int kEach = 2 / kStretches;  // of the lane's two rows of a half
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t place = target * kStageBytes, kept = 2 * half + i;
+        for (int i = 0; i < kEach; ++i) {
+          const uint32_t kept = kEach * stretch + i;
 #pragma unroll
           for (int p = 0; p < Keys::kPieces; ++p) {
             copy_async<Keys::kPieceBytes>(pieces + place + kept * kRowStride + p * kPieceStride,
@@ -180,6 +228,7 @@ struct LaneFeed {
 // few registers and give the others what they have too many.
 template <class Keys, class Block, int kGroups, int kStages, int kHalves>
 struct BulkFeed {
+  static constexpr bool kIsListed = false;
   static constexpr int kTile = kHalves * kHalfEntries;
   static constexpr int kProducerThreads = kGroups <= 4 ? 128 : 256;  // registers change hands by warpgroups
   // Registers of a thread come in eights; together no more than the block was launched with, or it waits for ever.
@@ -223,7 +272,7 @@ struct BulkFeed {
   uint32_t pieces, words;  // the lane's first piece and scale word
   uint32_t step, left;     // tiles taken so far; left of this part
 
-  __device__ __forceinline__ explicit BulkFeed(const Pages&) : step(0) {}
+  __device__ __forceinline__ BulkFeed(const Pages&, const Rows&) : step(0) {}
 
   __device__ static __forceinline__ void give_registers() { release_registers<kProducerRegisters>(); }
   __device__ static __forceinline__ void take_registers() { acquire_registers<kScorerRegisters>(); }
@@ -283,7 +332,7 @@ struct BulkFeed {
     mbarrier_wait(barrier, step / kStages & 1);
     uint32_t tile;
     load_shared<4>(barrier + 16 * kSlots - 4 * (slot + group), &tile);
-    return tile * kTile + threadIdx.x / kWarpThreads % 4 * 16;
+    return tile * kTile + threadIdx.x / kWarpThreads % 4 * 16 + threadIdx.x % 2 * 8;
   }
 
   __device__ __forceinline__ void read(int half, typename Keys::Row (&rows)[2]) const {

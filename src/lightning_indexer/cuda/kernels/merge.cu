@@ -46,6 +46,9 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
     float* __restrict__ scores_out,
     int64_t scores_row_stride,
     int64_t scores_column_stride,
+    const int32_t* __restrict__ candidates,
+    int32_t num_candidates,
+    int32_t candidate_shift,
     int32_t early_blocks,
     uint8_t* workspace) {  // not __restrict__: it may still be written when this kernel starts
   using HeldKeys = Selection<SharedKeys<kCapacity, kMergeThreads>>;
@@ -139,9 +142,10 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
     const Results results = {out, out_row_stride, out_column_stride, scores_out, scores_row_stride, scores_column_stride,
                              top_k, by_score};
     const int64_t row = group.row + query;
+    const Lists lists = {candidates, num_candidates, candidate_shift};
     const int64_t seq = clamped_seq({seq_ids, seq_ids_are_int64}, row, num_seqs);
     const auto slot_of = [&](uint32_t entry) {
-      const int first = static_cast<int>(entry);
+      const int first = static_cast<int>(candidates ? lists.entry(row, entry) : entry);
       if (!as_slots) return first;
       const int64_t column = first / Block::kEntries;
       const int32_t block = block_table[seq * table_row_stride + column * table_column_stride];

@@ -7,6 +7,8 @@
 //   storage, block_table      the paged keys, `block_stride` bytes from block to block
 //   valid_lens, seq_ids       int32 [num_tokens]; int32 or int64 [num_tokens], null: query t uses row t of block_table
 //   out, scores_out           int32 and fp32 [num_tokens, top_k]; scores_out may be null. Strides in elements.
+//   candidates                int32 [num_tokens, num_candidates] ids of blocks of 8 << candidate_shift entries, the only ones
+//                             that may be chosen from, where Shape::kIsListed; otherwise it is not looked at
 //   workspace                 see work.cuh
 //
 // A block holds a group of queries in shared memory and streams its part of their sequence's keys past them (work.cuh,
@@ -35,8 +37,9 @@ namespace lightning_indexer {
 //   kOffset    where the operands begin in shared memory, after `Shared`
 //   kHalves    times 64 entries that a tile has
 //   kMaxTopK   the largest top_k it serves
+//   kIsListed  whether queries choose from listed blocks only
 template <int kHeads_, int kQueries_, int kPerMma_, int kGroups_, int kCapacity_, int kTeams_, int kStages_, int kOffset_,
-          int kHalves_, int kMaxTopK_>
+          int kHalves_, int kMaxTopK_, bool kIsListed_ = false>
 struct Shape {
   static constexpr int kHeads = kHeads_, kQueries = kQueries_, kPerMma = kPerMma_, kGroups = kGroups_;
   static constexpr int kCapacity = kCapacity_, kTeams = kTeams_, kStages = kStages_, kOffset = kOffset_;
@@ -45,6 +48,7 @@ struct Shape {
   static constexpr int kTeamThreads = kTeams == 1 ? kLoneTeam : kThreads / kTeams;
   static constexpr int kHalves = kHalves_, kTile = kHalves * kHalfEntries;
   static constexpr int kMaxTopK = kMaxTopK_;
+  static constexpr bool kIsListed = kIsListed_;
   // A list that holds this many is cut back; beyond is room for what is under way in each warpgroup.
   static constexpr int kFull = kCapacity - kGroups * kTile;
   static_assert(kQueries % kPerMma == 0, "products are full");
@@ -54,7 +58,7 @@ struct Shape {
 template <class Shape>
 struct Shared {
   using Teams = Team<Shape::kTeamThreads>;
-  using Plan = Planner<Shape::kQueries, Shape::kPerMma, Shape::kGroups, Shape::kTile>;
+  using Plan = Planner<Shape::kQueries, Shape::kPerMma, Shape::kGroups, Shape::kTile, Shape::kIsListed>;
   Range range;
   double factor;
   Part part;
@@ -107,6 +111,9 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
     float* __restrict__ scores_out,
     int64_t scores_row_stride,
     int64_t scores_column_stride,
+    const int32_t* __restrict__ candidates,
+    int32_t num_candidates,
+    int32_t candidate_shift,
     uint8_t* __restrict__ workspace) {
   constexpr int kHeads = Shape::kHeads, kPerMma = Shape::kPerMma, kGroups = Shape::kGroups;
   constexpr int kThreads = Shape::kThreads, kTeamThreads = Shape::kTeamThreads;
@@ -123,6 +130,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
                                              RegisterKeys<Shape::kCapacity, kTeamThreads>>::Type>;
   static_assert(sizeof(SharedData) <= Shape::kOffset && Shape::kOffset % 1024 == 0, "room before the operands");
   static_assert(Mma::kColumns == kPerMma * kHeads, "a product has a column per query and head");
+  static_assert(Shape::kIsListed == Feed::kIsListed, "the feed follows the lists");
 
   let_next_kernel_start();
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];  // the swizzle of wgmma's operand counts on it
@@ -133,7 +141,8 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
   const uint32_t group_index = thread / 128;
   const Queries queries = {query_data, query_scale, weights, static_cast<QueryFormat>(query_format), num_heads,
                            &shared.factor};
-  const Rows rows = {valid_lens, {seq_ids, seq_ids_are_int64}, num_tokens, num_seqs, max_entries};
+  const Rows rows = {valid_lens, {seq_ids, seq_ids_are_int64}, num_tokens, num_seqs, max_entries,
+                     {candidates, num_candidates, candidate_shift}};
   const Workspace space = {workspace, Shape::kQueries, Shape::kCapacity, top_k};
   const Results results = {out, out_row_stride, out_column_stride, scores_out, scores_row_stride, scores_column_stride,
                            top_k, by_score};
@@ -149,7 +158,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
     }
   }
   Feed::take_registers();
-  Feed feed(pages);
+  Feed feed(pages, rows);
   if (thread == 0) shared.factor = static_cast<double>(query_global_scale) * global_scale * Keys::kUnit;
   const typename SharedData::Plan plan = {rows};
   if (thread < kWarpThreads) plan.find_range(shared.range);
@@ -189,7 +198,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
     // --- score ------------------------------------------------------------------------------------------------------
     feed.begin(part, rings);
     const auto score_tile = [&]() {
-      const int first_entry = static_cast<int>(feed.next() + lane / 4 + 8 * (c & 1));  // that the lane finishes
+      const int first_entry = static_cast<int>(feed.next() + lane / 4);  // that the lane finishes
       uint32_t a[kHalves][Keys::kSteps][4];
       float factor[kHalves][2];
       const auto make_ready = [&](int half) {
@@ -354,6 +363,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
       if (!is_split) {
         const int64_t row = part.group.row + q;
         const auto slot_of = [&](uint32_t entry) {
+          if constexpr (Shape::kIsListed) entry = rows.lists.entry(row, entry);
           if (!as_slots) return static_cast<int32_t>(entry);
           const uint32_t block = pages.clamp(sequence.find(pages, entry));
           return static_cast<int32_t>(block * Block::kEntries + entry % Block::kEntries);

@@ -30,6 +30,33 @@ __device__ __forceinline__ int64_t clamped_seq(const Indices& seq_ids, int64_t r
   return seq < 0 ? 0 : seq < num_seqs ? seq : num_seqs - 1;
 }
 
+// The blocks of entries that each query may choose from, if it may not choose from all: int32 [num_tokens, count] ids,
+// ascending, -1 behind the last. A block is 2^shift runs of kRunEntries entries; a run never crosses a page.
+//
+// Until a result is written an entry goes by its place, `i * block_entries() + offset` in the i-th block of a list. Places
+// have the order of entries, and they are distinct whatever a list holds: selection counts on that.
+struct Lists {
+  static constexpr int kRunEntries = 8;
+  const int32_t* __restrict__ blocks;
+  int32_t count, shift;
+
+  __device__ __forceinline__ int block_entries() const { return kRunEntries << shift; }
+  // Blocks of which a query that sees `length` entries sees any.
+  __device__ __forceinline__ int visible(int length) const {
+    return (length >> shift) / kRunEntries + (length % block_entries() != 0);
+  }
+  // Ids to look at. Those that ascend are no smaller than their places, so what is visible comes first.
+  __device__ __forceinline__ int listed(int length) const { return min(visible(length), count); }
+
+  __device__ __forceinline__ const int32_t* of(int64_t row) const { return blocks + row * count; }
+
+  // The entry at a place that a visible block of query `row` holds.
+  __device__ __forceinline__ uint32_t entry(int64_t row, uint32_t place) const {
+    const uint32_t offset = place % static_cast<uint32_t>(block_entries());
+    return static_cast<uint32_t>(of(row)[(place >> shift) / kRunEntries] << shift) * kRunEntries + offset;
+  }
+};
+
 // The queries of a call: which sequence, how many entries. What lies outside is clamped.
 struct Rows {
   const int32_t* __restrict__ valid_lens;
@@ -37,6 +64,7 @@ struct Rows {
   int32_t count;
   int64_t num_seqs;
   int64_t max_entries;
+  Lists lists;
 
   __device__ __forceinline__ int64_t seq(int row) const {
     return clamped_seq(seq_ids, row, num_seqs);
@@ -47,6 +75,11 @@ struct Rows {
   }
 };
 
+template <int kTile>
+__device__ __forceinline__ int tiles_of(int entries) {  // at least one, so that some block writes the results
+  return entries <= kTile ? 1 : (entries + kTile - 1) / kTile;
+}
+
 // Queries `row` .. `row + size - 1`, all of sequence `seq`; `longest` of their lengths.
 struct Group {
   int row, size;
@@ -54,8 +87,8 @@ struct Group {
   int longest;
 
   template <int kTile>
-  __device__ __forceinline__ int tiles() const {  // at least one, so that some block writes the results
-    return longest <= kTile ? 1 : (longest + kTile - 1) / kTile;
+  __device__ __forceinline__ int tiles() const {
+    return tiles_of<kTile>(longest);
   }
 };
 
@@ -99,8 +132,9 @@ struct Range {
   uint32_t number;     // tiles of the parts so far
 };
 
-template <int kQueries, int kPerMma, int kMinTiles, int kTile>
+template <int kQueries, int kPerMma, int kMinTiles, int kTile, bool kIsListed>
 struct Planner {
+  static_assert(!kIsListed || kQueries == 1, "each query has a list of its own");
   const Rows& rows;
 
   // Find this block's range. One warp calls it: a lane walks its share of the rows.
@@ -200,7 +234,8 @@ struct Planner {
     return kQueries == 1 ? 1 : 1 + (size + kPerMma - 1) / kPerMma;
   }
 
-  __device__ __forceinline__ static int64_t cost(const Group& group) {
+  __device__ __forceinline__ int64_t cost(const Group& group) const {
+    if constexpr (kIsListed) return tiles_of<kTile>(rows.lists.listed(group.longest) * rows.lists.block_entries());
     return unit(group.size) * group.template tiles<kTile>();
   }
 
