@@ -113,7 +113,8 @@ _WANTED, _MOST_WANTED = (1, 1, 2, 4, 4), 16  # queries per block that suit so ma
 _FEW_QUERIES = 1  # `Workspace` of kernels/work.cuh has the same
 
 _RUN_ENTRIES = 8  # `Lists` of kernels/work.cuh has the same
-_MOST_LISTED_GROUPS, _LISTED_RINGS = 4, ((1, 4), (1, 2))  # warpgroups; halves of a tile and tiles under way
+_MOST_LISTED_GROUPS = (4, 3)  # warpgroups, up to 64 heads and beyond: what their registers leave room for
+_LISTED_RINGS = ((1, 4), (1, 2))  # as `_rings`
 
 
 @dataclass(frozen=True)
@@ -385,7 +386,7 @@ def _shape(
             groups = 1 if fewer_groups else _groups(product, queries, heads * per_product, capacity)
             rings = _rings(product, queries == per_product and heads * per_product <= 64)
             if is_listed:
-                groups, rings = min(groups, _MOST_LISTED_GROUPS), _LISTED_RINGS
+                groups, rings = min(groups, _MOST_LISTED_GROUPS[heads > 64]), _LISTED_RINGS
             for halves, stages in (*rings, (1, 1)) if fewer_groups else rings:
                 shape = Shape(heads, queries, per_product, groups, capacity, stages, halves, max_top_k, is_listed)
                 fits = _shared_bytes(product, shape, schema) <= _shared_limit(arch)
