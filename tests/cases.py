@@ -477,14 +477,20 @@ def make_lists(
 ) -> torch.Tensor:
     """int32 [T, num_candidates] random blocks of each query's sequence: ascending, some of them not visible, -1 behind.
 
+    Every other list has the newest block, as chosen ones do, whose last entries may not be visible.
+
     most: how many at most; by default as many as there is room for, or blocks.
     """
     rng, view = np.random.default_rng(seed), problem.cache.view
     lists = np.full((len(problem.weights), num_candidates), -1, np.int32)
-    for row, length in zip(lists, problem.valid_lens.tolist(), strict=True):
-        blocks = min(-(-length // block_entries) + 2, view.max_entries // block_entries)
+    for t, length in enumerate(problem.valid_lens.tolist()):
+        newest = (length - 1) // block_entries
+        blocks = min(newest + 3, view.max_entries // block_entries)
         count = min(blocks, num_candidates, blocks if most is None else most)
-        row[:count] = np.sort(rng.permutation(blocks)[:count])
+        picked = rng.permutation(blocks)[:count]
+        if count and newest >= 0 and t % 2 == 0 and newest not in picked:
+            picked[0] = newest
+        lists[t, :count] = np.sort(picked)
     return torch.from_numpy(lists).to(problem.weights.device)
 
 

@@ -80,6 +80,8 @@ def _portable_score_topk(
     out: Tensor | None = None,
     scores_out: Tensor | None = None,
     workspace: Tensor | None = None,
+    candidates: Tensor | None = None,
+    candidate_entries: int = 8,
 ) -> Tensor | tuple[Tensor, Tensor]:
     shape, device = (len(weights), top_k), weights.device
     out = torch.empty(shape, dtype=torch.int32, device=device) if out is None else out
@@ -99,6 +101,8 @@ def _portable_score_topk(
         out=out,
         scores_out=scores_out,
         workspace=workspace,
+        candidates=candidates,
+        candidate_entries=candidate_entries,
         engine="portable",
     )
     return (out, scores_out) if return_scores else out

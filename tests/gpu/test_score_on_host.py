@@ -31,9 +31,11 @@ from cases import (
 )
 from torch import Tensor
 
+from lightning_indexer import reference
 from lightning_indexer.cuda import launcher
 from lightning_indexer.cuda import score_topk as cuda
 from lightning_indexer.cuda.compiler import KERNEL_FOLDER, Specialisation
+from lightning_indexer.ops import select_candidates
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
@@ -269,6 +271,23 @@ def test_adversarial_rows_from_lists(kind: str, imagine: Callable[[Case], None])
     dense, lists = run_dense(problem), make_lists(problem, 500)
     for top_k, order in ((1, "index"), (64, "score"), (500, "index")):
         check_topk(run_topk, problem, top_k, order=order, dense=dense, candidates=lists)
+
+
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("room", [1, 2**40], ids=["a-query-at-a-time", "all-at-once"])
+def test_blocks_are_those_of_dense_scores(
+    room: int, imagine: Callable[[Case], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = LISTED[2]
+    imagine(case)
+    problem = case.problem()
+    monkeypatch.setattr(select_candidates, "_DENSE_BYTES", room)
+    out = torch.full((len(problem.weights), 20), -7, dtype=torch.int32)
+    rows = (problem.valid_lens, problem.seq_ids)
+    select_candidates._from_dense(problem.q, problem.weights, problem.cache.view, *rows, 8, out)
+    for t, (scores, length) in enumerate(zip(run_dense(problem), problem.valid_lens.tolist(), strict=True)):
+        want = reference.select_blocks(scores, length, 20, 8)
+        assert out[t].tolist() == want.tolist(), f"query {t} of length {length}"
 
 
 @pytest.mark.usefixtures("on_host")
