@@ -30,6 +30,7 @@ from lightning_indexer import (
     merge_topk,
     quantize_query,
     score_topk,
+    select_candidates,
     sparse_attention,
     visible_entries,
 )
@@ -211,7 +212,9 @@ def test_selection(format: str, impl: str) -> None:
         )
         dense = index_scores(queries, weights, view, valid_lens=lens, impl=impl)
         merged, _ = merge_topk(indices, scores, top_k=50)
-        return torch.cat([indices.float(), scores, dense, merged.float()], dim=1)
+        lists = select_candidates(queries, weights, view, valid_lens=lens, num_blocks=6, impl=impl)
+        listed = score_topk(queries, weights, view, top_k=20, valid_lens=lens, candidates=lists, impl=impl)
+        return torch.cat([indices.float(), scores, dense, merged.float(), lists.float(), listed.float()], dim=1)
 
     same_twice(run)
 

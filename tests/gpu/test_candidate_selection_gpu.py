@@ -107,7 +107,7 @@ def test_twenty_runs_are_bitwise_equal(engine: Engine) -> None:
 def test_what_is_not_a_list(engine: Engine) -> None:
     """Ids out of range are ignored; where ids repeat entries do: all places are written, and it comes to an end."""
     problem, outside = decode_and_prefill("mxfp4"), torch.iinfo(torch.int32)
-    row = [0, 5, -1, outside.max, 9, outside.min, 13, 2**28, -2]
+    row = [0, 5, -1, outside.max, 9, outside.min, 13, 2**29, -2]
     lists = torch.tensor([row] * 44, dtype=torch.int32, device=DEVICE)
     engine.check(problem, 50, candidates=lists)
     lists = torch.full((44, 2048), 3, dtype=torch.int32, device=DEVICE)

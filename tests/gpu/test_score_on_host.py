@@ -295,7 +295,7 @@ def test_ids_out_of_range_are_ignored(imagine: Callable[[Case], None]) -> None:
     case = LISTED[4]
     imagine(case)
     problem, outside = case.problem(), torch.iinfo(torch.int32)
-    lists = torch.tensor([[0, 5, -1, outside.max, 9, outside.min, 13, 44, -2, 2**27]] * 3, dtype=torch.int32)
+    lists = torch.tensor([[0, 5, -1, outside.max, 9, outside.min, 13, 44, -2, 2**28]] * 3, dtype=torch.int32)
     options = {"candidates": lists, "candidate_entries": case.candidate_entries}
     check_topk(run_topk, problem, 200, dense=run_dense(problem), **options)
 
