@@ -114,6 +114,50 @@ def test_float64_rope_is_a_complex_product(heads: int | None, inverse: bool) -> 
     assert_close(apply_rope(x, positions, frequencies, inverse=inverse), expected, 1e-14, "float64 RoPE")
 
 
+@pytest.mark.parametrize("heads", [None, 2], ids=["T-D", "T-H-D"])
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("pairs", ["interleaved", "halves"])
+@pytest.mark.parametrize("channels", ["first", "last"])
+def test_other_channels_and_pairs_are_a_complex_product(
+    heads: int | None, inverse: bool, pairs: str, channels: str
+) -> None:
+    positions = torch.tensor([0, 3, 163_839])
+    x = random(3, *([heads] if heads else []), 40).double()
+    frequencies = rope_frequencies(16, 10_000.0, yarn_factor=40.0, original_max_position=4096)
+    angles = positions.double()[:, None] * frequencies.double() * (-1 if inverse else 1)
+    turn = torch.polar(torch.ones_like(angles), angles).view(3, *[1] * (x.dim() - 2), 8)
+    place = slice(0, 16) if channels == "first" else slice(24, 40)
+    part, expected = x[..., place], x.clone()
+    if pairs == "interleaved":
+        real, imaginary = part[..., 0::2], part[..., 1::2]
+    else:
+        real, imaginary = part[..., :8], part[..., 8:]
+    product = torch.complex(real, imaginary) * turn
+    if pairs == "interleaved":
+        expected[..., place] = torch.view_as_real(product).flatten(-2)
+    else:
+        expected[..., place] = torch.cat([product.real, product.imag], dim=-1)
+    got = apply_rope(x, positions, frequencies, inverse=inverse, channels=channels, pairs=pairs)
+    assert_close(got, expected, 1e-14, f"RoPE of the {channels} channels, {pairs}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_halves_are_a_permutation_of_interleaved_pairs(dtype: torch.dtype) -> None:
+    """Bit for bit, in the dtype of the input."""
+    x, positions, frequencies = random(5, 3, 128).to(dtype), torch.arange(5) * 997, rope_frequencies(64, 1e4)
+    order = torch.cat([torch.arange(64).view(2, 32).T.flatten(), torch.arange(64, 128)])
+    back = order.argsort()
+    want = apply_rope(x[..., order], positions, frequencies, channels="first")[..., back]
+    assert_same(apply_rope(x, positions, frequencies, channels="first", pairs="halves"), want, "halves")
+    assert_same(want[..., 64:], x[..., 64:], "the other channels")
+
+
+@pytest.mark.parametrize("option", ["channels", "pairs"])
+def test_rope_of_unknown_channels_or_pairs(option: str) -> None:
+    with pytest.raises(ValueError, match=f"^apply_rope: {option} must be '.*' or '.*', got 'middle'"):
+        apply_rope(torch.zeros(1, 8), torch.zeros(1, dtype=torch.int64), torch.ones(2), **{option: "middle"})
+
+
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 def test_sines_of_fp32_angles_are_fp64_rounded(inverse: bool) -> None:
     """Bit for bit, so that a kernel can do the same; vectors of one 1 show cosine and sine themselves."""

@@ -1,7 +1,8 @@
 """Rotations of channels: RoPE with YaRN, and the Hadamard rotation of the indexer.
 
 V4 rotates the *last* `rope_head_dim` channels of a vector, in interleaved pairs: channels (2i, 2i+1) of that slice are
-a complex number, multiplied by exp(i * position * frequency_i).
+a complex number, multiplied by exp(i * position * frequency_i). Relatives rotate the first channels, and V3.2's indexer
+pairs channel i with i + rope_head_dim / 2.
 """
 
 import math
@@ -50,8 +51,16 @@ def rope_frequencies(
     return frequencies.to(device) if device is not None else frequencies
 
 
-def apply_rope(x: Tensor, positions: Tensor, frequencies: Tensor, *, inverse: bool = False) -> Tensor:
-    """Rotate the last channels of each vector by its position.
+def apply_rope(
+    x: Tensor,
+    positions: Tensor,
+    frequencies: Tensor,
+    *,
+    inverse: bool = False,
+    channels: str = "last",
+    pairs: str = "interleaved",
+) -> Tensor:
+    """Rotate the last (or first) channels of each vector by its position.
 
     Trap: angles are products in fp32, as the model was trained with. Near position 2^20 such an angle is up to 0.03
     radians from the exact one; float64 input is rotated by the float64 product, so the two differ by that much there.
@@ -59,14 +68,16 @@ def apply_rope(x: Tensor, positions: Tensor, frequencies: Tensor, *, inverse: bo
     those of fp32 differ from one to the next.
 
     Args:
-        x: [T, D] or [T, H, D] floating point. The last 2 * len(frequencies) channels are rotated, the rest is copied.
+        x: [T, D] or [T, H, D] floating point. 2 * len(frequencies) channels are rotated, the rest is copied.
         positions: [T] integer, absolute token positions, shared by all heads of a token.
         frequencies: [R / 2] from `rope_frequencies`, on the device of `x`.
         inverse: rotate backwards (by -position).
+        channels: "last" (V4) or "first" (the indexers of V3.2 and GLM).
+        pairs: "interleaved", channels (2i, 2i + 1) of the rotated slice, or "halves", channels (i, i + R / 2).
     Returns:
         A new tensor like `x`. Angles and products are fp32, or float64 when `x` is float64.
     """
-    _check_rope(x, positions, frequencies)
+    _check_rope(x, positions, frequencies, channels, pairs)
     num_pairs = frequencies.shape[0]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     angles = positions.to(dtype)[:, None] * frequencies.to(dtype)  # [T, R/2]
@@ -76,9 +87,11 @@ def apply_rope(x: Tensor, positions: Tensor, frequencies: Tensor, *, inverse: bo
     cos, sin = torch.cos(exact, out=torch.empty_like(angles)), torch.sin(exact, out=torch.empty_like(angles))
     if inverse:
         sin = -sin
-    even, odd = x[..., -2 * num_pairs :].to(dtype).reshape(*x.shape[:-1], num_pairs, 2).unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-    return torch.cat((x[..., : -2 * num_pairs], rotated.to(x.dtype)), dim=-1)
+    if channels == "first":
+        rotated = _rotate(x[..., : 2 * num_pairs], cos, sin, pairs)
+        return torch.cat((rotated, x[..., 2 * num_pairs :]), dim=-1)
+    rotated = _rotate(x[..., -2 * num_pairs :], cos, sin, pairs)
+    return torch.cat((x[..., : -2 * num_pairs], rotated), dim=-1)
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -107,6 +120,15 @@ def hadamard(x: Tensor) -> Tensor:
     return (y * scale).to(x.dtype)
 
 
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
+    """x [..., R] with each pair of its channels turned."""
+    is_interleaved = pairs == "interleaved"
+    grouped = x.to(cos.dtype).unflatten(-1, (-1, 2) if is_interleaved else (2, -1))
+    a, b = grouped.unbind(-1 if is_interleaved else -2)
+    rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1 if is_interleaved else -2)
+    return rotated.flatten(-2).to(x.dtype)
+
+
 def _yarn_ramp(dim: int, theta: float, original_max_position: int, beta_fast: float, beta_slow: float) -> Tensor:
     """0 for pairs that keep their frequency, 1 for those that are divided; fp32 [dim / 2]."""
 
@@ -121,7 +143,11 @@ def _yarn_ramp(dim: int, theta: float, original_max_position: int, beta_fast: fl
     return ((pairs - low) / width).clamp(0, 1)
 
 
-def _check_rope(x: Tensor, positions: Tensor, frequencies: Tensor) -> None:
+def _check_rope(x: Tensor, positions: Tensor, frequencies: Tensor, channels: str, pairs: str) -> None:
+    if channels not in ("last", "first"):
+        raise ValueError(f"apply_rope: channels must be 'last' or 'first', got {channels!r}")
+    if pairs not in ("interleaved", "halves"):
+        raise ValueError(f"apply_rope: pairs must be 'interleaved' or 'halves', got {pairs!r}")
     if not x.is_floating_point():
         raise TypeError(f"apply_rope: x must be floating point, got {x.dtype}")
     if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
