@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Attention, DeepseekV4ForCausalLM
 
+from lightning_indexer import AttentionSubBlock
 from lightning_indexer.checkpoint import (
     FP8_LINEARS,
     block_scale_shape,
@@ -74,16 +76,19 @@ SCHEMES: dict[str, Callable[[int, str], str]] = {
 }
 
 
-def make_layer(layer: int, *, fp8: bool = True, scale_dtype: torch.dtype = torch.float8_e8m0fnu) -> dict[str, Tensor]:
+def make_layer(
+    layer: int, *, fp8: bool = True, scale_dtype: torch.dtype = torch.float8_e8m0fnu, config: DSV4Config = CONFIG
+) -> dict[str, Tensor]:
     """Random tensors of a layer, stored as the released checkpoints do: FP8 linears, fp32 ape and sink, bf16 rest."""
     generator = torch.Generator().manual_seed(layer)
     tensors: dict[str, Tensor] = {}
-    for name, shape in expected_shapes(CONFIG, layer).items():
+    block = 32 if config.is_v41 else 128
+    for name, shape in expected_shapes(config, layer).items():
         values = torch.randn(shape, generator=generator)
         module = name.removesuffix(".weight")
         if fp8 and module in FP8_LINEARS:
             tensors[name] = (values * 100).to(torch.float8_e4m3fn)
-            codes = torch.randint(110, 124, block_scale_shape(shape), generator=generator, dtype=torch.uint8)
+            codes = torch.randint(110, 124, [-(-n // block) for n in shape], generator=generator, dtype=torch.uint8)
             scale = codes.view(torch.float8_e8m0fnu)
             tensors[f"{module}.scale"] = {
                 torch.uint8: codes,
@@ -517,6 +522,84 @@ def transformers_attention(layer: int) -> DeepseekV4Attention:
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter)
     return attention
+
+
+# --- DeepSeek-V4.1 --------------------------------------------------------------------------------------------
+
+V41 = replace(
+    CONFIG,
+    num_hidden_layers=5,
+    compress_ratios=(0, 2, 2, 1, 1, 0),
+    indexer_hadamard=False,
+    kv_source_layer_ids=(1, 3),
+    index_source_layer_ids=(1, 3, 4),
+)
+FULL_2, REUSE, FULL_1, REINDEX = 1, 2, 3, 4
+V41_COUNTS = {SWA: 8, FULL_2: 15, REUSE: 8, FULL_1: 14, REINDEX: 10}
+
+
+@pytest.mark.parametrize("layer", V41_COUNTS, ids=["swa", "full-2", "reuse", "full-1", "reindex"])
+@pytest.mark.parametrize("scheme", ["official", "official-model-prefix"])
+def test_v41_layers_survive_and_multiply_out_by_blocks_of_32(tmp_path: Path, layer: int, scheme: str) -> None:
+    tensors = make_layer(layer, config=V41)
+    assert sum(not name.endswith(".scale") for name in tensors) == V41_COUNTS[layer], "tensors of such a layer"
+    path = write(tmp_path, named(tensors, layer, scheme))
+    got = load_attention_weights(path, V41, layer)
+    assert list(got) == list(tensors), f"names and their order: {list(got)}"
+    for name, tensor in tensors.items():
+        assert_same_bytes(got[name], tensor, name)
+    dense = load_attention_weights(path, V41, layer, fp8="dequantize", dtype=torch.float32)
+    block = AttentionSubBlock(V41, layer)
+    block.load_weights(got)
+    for module in FP8_LINEARS:
+        if f"{module}.weight" not in tensors:
+            continue
+        weight, scale = tensors[f"{module}.weight"], tensors[f"{module}.scale"].float()
+        rows, columns = (torch.arange(size) // 32 for size in weight.shape)
+        want = weight.float() * scale[rows][:, columns]
+        assert_same_bytes(dense[f"{module}.weight"], want, f"{module}.weight")
+        linear = block.indexer.wq_b if module == "indexer.wq_b" else block.linears[module]
+        assert_same_bytes(linear.dense_weight(torch.float32), want, f"{module} in the layer")
+
+
+def test_v41_under_hugging_face_names_is_refused(tmp_path: Path) -> None:
+    tensors = {f"model.layers.1.self_attn.{name}": tensor for name, tensor in make_layer(FULL_2, config=V41).items()}
+    message = r"layer 1 of .*: expected official names \(layers\.1\.attn\.\*\), got model\.layers\.1\.self_attn"
+    with pytest.raises(ValueError, match=message):
+        load_attention_weights(write(tmp_path, tensors), V41, FULL_2)
+
+
+V41_WRONG: dict[str, tuple[int, str, Tensor | None, type[Exception], str]] = {
+    "no-k-norm": (FULL_2, "indexer.k_norm.weight", None, KeyError, r"missing layers\.1\.attn\.indexer\.k_norm\.weight"),
+    "no-gate": (FULL_2, "compressor.wgate.weight", None, KeyError, "missing .*compressor.wgate.weight"),
+    "gate-at-ratio-1": (FULL_1, "compressor.wgate.weight", torch.ones(32, 192), ValueError, "not part of such a layer"),
+    "position-bias": (FULL_2, "compressor.ape", torch.ones(2, 32), ValueError, "not part of such a layer: .*ape"),
+    "key-weights-in-a-reindex-layer": (
+        REINDEX,
+        "indexer.wk.weight",
+        torch.ones(64, 32),
+        ValueError,
+        "not part of such",
+    ),
+    "blocks-of-128": (
+        FULL_2,
+        "wq_a.scale",
+        torch.ones(2, 2),
+        ValueError,
+        r"wq_a\.scale must have shape \[5, 6\], got \[2, 2\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", V41_WRONG)
+def test_wrong_v41_layer_is_refused(tmp_path: Path, name: str) -> None:
+    layer, tensor_name, tensor, error, message = V41_WRONG[name]
+    tensors = make_layer(layer, config=V41)
+    tensors.pop(tensor_name, None)
+    if tensor is not None:
+        tensors[tensor_name] = tensor
+    with pytest.raises(error, match=message):
+        load_attention_weights(write(tmp_path, named(tensors, layer)), V41, layer)
 
 
 def assert_same_bytes(got: Tensor, expected: Tensor, what: str) -> None:

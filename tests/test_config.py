@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
+from lightning_indexer.cache.schema import CacheSchema
 from lightning_indexer.config import DSV4Config
 
 FLASH_RATIOS = [0, 0, *[4, 128] * 20, 4, 0]
@@ -66,6 +67,34 @@ FLASH_HUGGING_FACE: dict[str, Any] = {
     "sliding_window": 128,
     "compress_rope_theta": 160000,
     "compress_ratios": FLASH_RATIOS,
+}
+V41_RATIOS = [0, 0, *[2] * 18, *[1] * 20, 0, 0, 0]
+V41_SHARING: dict[str, Any] = {
+    "kv_source_layer_ids": [2, 8, 14, 20],
+    "index_source_layer_ids": [2, 8, 14, 20, 24, 28, 32, 36],
+    "candidate_source_layer_id": 20,
+    "candidate_topk_blocks": 2048,
+    "candidate_block_size": 8,
+}
+V41_HUGGING_FACE = FLASH_HUGGING_FACE | {
+    "architectures": ["DeepseekV41ForCausalLM"],
+    "model_type": "deepseek_v41",
+    "hidden_size": 5120,
+    "num_hidden_layers": 40,
+    "q_lora_rank": 1280,
+    "index_n_heads": 32,
+    "rms_norm_eps": 1e-20,
+    "compress_ratios": V41_RATIOS,
+    **V41_SHARING,
+}
+V41_OFFICIAL = FLASH_OFFICIAL | {
+    "dim": 5120,
+    "n_layers": 40,
+    "q_lora_rank": 1280,
+    "index_n_heads": 32,
+    "norm_eps": 1e-20,
+    "compress_ratios": V41_RATIOS,
+    **V41_SHARING,
 }
 PRO_HUGGING_FACE = FLASH_HUGGING_FACE | {
     "hidden_size": 7168,
@@ -127,6 +156,12 @@ TINY: dict[str, Any] = {
     "sliding_window": 16,
     "compress_ratios": (0, 128, 4, 0, 0),
 }
+V41_TINY: dict[str, Any] = TINY | {
+    "compress_ratios": (0, 2, 2, 1),
+    "indexer_hadamard": False,
+    "kv_source_layer_ids": (1, 3),
+    "index_source_layer_ids": (1, 3),
+}
 
 
 @pytest.mark.parametrize(
@@ -134,14 +169,16 @@ TINY: dict[str, Any] = {
     [
         (DSV4Config.v4_flash(), {"SWA": 2, "CSA": 21, "HCA": 20}, {0: "SWA", 1: "SWA", 2: "CSA", 3: "HCA", 42: "CSA"}),
         (DSV4Config.v4_pro(), {"CSA": 30, "HCA": 31}, {0: "HCA", 1: "HCA", 2: "CSA", 3: "HCA", 60: "CSA"}),
+        (DSV4Config.v41_flash(), {"SWA": 2, "CSA": 38}, {0: "SWA", 1: "SWA", 2: "CSA", 19: "CSA", 39: "CSA"}),
     ],
-    ids=["flash", "pro"],
+    ids=["flash", "pro", "v41-flash"],
 )
 def test_preset_layer_kinds(config: DSV4Config, counts: dict[str, int], kinds: dict[int, str]) -> None:
     got = Counter(config.layer_kind(layer) for layer in range(config.num_hidden_layers))
     assert got == counts, f"layer kinds {got}, expected {counts}"
     assert {layer: config.layer_kind(layer) for layer in kinds} == kinds
-    assert config.compress_ratios[config.num_hidden_layers :] == (0,), "the MTP layer must stay in compress_ratios"
+    rest = (0, 0, 0) if config.is_v41 else (0,)
+    assert config.compress_ratios[config.num_hidden_layers :] == rest, "the MTP layers must stay in compress_ratios"
 
 
 def test_rope_of_a_layer_follows_its_ratio() -> None:
@@ -163,8 +200,15 @@ def test_layer_out_of_range_says_how_many_layers(layer: int) -> None:
         (FLASH_OFFICIAL, DSV4Config.v4_flash()),
         (FLASH_HUGGING_FACE, DSV4Config.v4_flash()),
         (PRO_HUGGING_FACE, DSV4Config.v4_pro()),
+        (V41_HUGGING_FACE, DSV4Config.v41_flash()),
+        (V41_OFFICIAL, DSV4Config.v41_flash()),
+        (without(V41_HUGGING_FACE, "model_type", "architectures"), DSV4Config.v41_flash()),
+        (without(V41_HUGGING_FACE, "candidate_topk_blocks", "candidate_block_size"), DSV4Config.v41_flash()),
     ],
-    ids=["flash-official", "flash-hugging-face", "pro-hugging-face"],
+    ids=[
+        *("flash-official", "flash-hugging-face", "pro-hugging-face"),
+        *("v41-hugging-face", "v41-official", "v41-unnamed", "v41-default-candidates"),
+    ],
 )
 def test_shipped_config_equals_preset(data: dict[str, Any], expected: DSV4Config) -> None:
     config = DSV4Config.from_json(data)
@@ -267,19 +311,74 @@ def test_round_trip_through_transformers(name: str, how: str, tmp_path: Any) -> 
     assert config == expected, f"differs from transformers' own reading: {differences(config, expected)}"
 
 
+def test_v41_sizes_are_those_of_the_shipped_file() -> None:
+    c = DSV4Config.v41_flash()
+    sizes = (c.hidden_size, c.num_hidden_layers, c.num_heads, c.head_dim, c.query_compression_dim)
+    assert sizes == (5120, 40, 64, 512, 1280)
+    assert (c.o_groups, c.o_lora_rank, c.rope_head_dim, c.sliding_window) == (8, 1024, 64, 128)
+    assert (c.indexer_num_heads, c.indexer_head_dim, c.csa_top_k) == (32, 128, 512)
+    assert c.indexer_head_dim**-0.5 * c.indexer_num_heads**-0.5 == pytest.approx(0.015625, rel=1e-15)
+    assert (c.rms_norm_eps, c.max_position_embeddings, c.indexer_hadamard) == (1e-20, 1_048_576, False)
+    assert c.candidate_topk_blocks * c.candidate_block_size == 16_384
+    assert [c.layer_compress_ratio(layer) for layer in (0, 1, 2, 19, 20, 39)] == [0, 0, 2, 2, 1, 1]
+    assert (c.layer_rope_theta(1), c.layer_yarn_factor(1)) == (10_000.0, 1.0)
+    assert {(c.layer_rope_theta(layer), c.layer_yarn_factor(layer)) for layer in range(2, 40)} == {(160_000.0, 16.0)}
+
+
+def test_v41_roles_and_whose_entries_a_layer_reads() -> None:
+    c = DSV4Config.v41_flash()
+    roles = [c.layer_role(layer) for layer in range(40)]
+    assert Counter(roles) == {None: 2, "full": 4, "reindex": 4, "reuse": 30}
+    assert [layer for layer, role in enumerate(roles) if role == "full"] == [2, 8, 14, 20]
+    assert [layer for layer, role in enumerate(roles) if role == "reindex"] == [24, 28, 32, 36]
+    got = {
+        layer: (c.layer_kv_source(layer), c.layer_index_source(layer)) for layer in (2, 7, 8, 19, 20, 23, 24, 31, 39)
+    }
+    want = {2: (2, 2), 7: (2, 2), 8: (8, 8), 19: (14, 14), 20: (20, 20), 23: (20, 20), 24: (20, 24), 31: (20, 28)}
+    assert got == want | {39: (20, 36)}
+    assert [layer for layer in range(40) if c.layer_chooses_among_candidates(layer)] == [24, 28, 32, 36]
+    with pytest.raises(ValueError, match="layer 1 is SWA and attends to no compressed entries"):
+        c.layer_kv_source(1)
+
+
+def test_v41_index_keys_cost_170_bytes_per_token() -> None:
+    """Three layers of ratio 2 and one of ratio 1 hold them; 71.3 MB in the latter at 1,048,576 tokens."""
+    c, schema = DSV4Config.v41_flash(), CacheSchema("mxfp4", 64)
+    per_token = [schema.bytes_per_entry / c.layer_compress_ratio(layer) for layer in c.kv_source_layer_ids]
+    assert sum(per_token) == 170 and per_token[-1] == 68
+    assert c.max_position_embeddings // 64 * schema.payload_bytes == 71_303_168
+
+
+def test_v4_layers_read_their_own_entries() -> None:
+    config = DSV4Config.v4_flash()
+    assert not config.is_v41
+    assert [config.layer_role(layer) for layer in (1, 2, 3)] == [None, "full", None]
+    assert [config.layer_kv_source(layer) for layer in (2, 3, 42)] == [2, 3, 42]
+    assert not any(config.layer_chooses_among_candidates(layer) for layer in range(43))
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "v41-model-type": ({"model_type": "deepseek_v41", "text_config": {"hidden_size": 5120}}, r"V4\.1 .*'deepseek_v41'"),
-    "v41-architecture": (without(FLASH_HUGGING_FACE, architectures=["DeepseekV41ForCausalLM"]), r"V4\.1"),
-    "v41-kv-sources": (
-        without(FLASH_HUGGING_FACE, kv_source_layer_ids=[2, 8]),
-        r"V4\.1 \(it has kv_source_layer_ids\)",
-    ),
-    "v41-official": (without(FLASH_OFFICIAL, kv_source_layers=[2, 8, 14, 20]), r"V4\.1 \(it has kv_source_layers\)"),
     "v41-nested": (
-        {"text_config": without(FLASH_HUGGING_FACE, compress_ratios=[0, 2])},
-        r"V4\.1 \(compress_ratios has 2",
+        {"model_type": "deepseek_v41", "text_config": {"hidden_size": 5120}},
+        r"V4\.1 has its fields in text_config: pass that object",
     ),
-    "v41-ratio-1": (without(FLASH_OFFICIAL, compress_ratios=[0] * 20 + [1] * 23), r"V4\.1 \(compress_ratios has 1\)"),
+    "v41-nested-unnamed": ({"text_config": {"compress_ratios": [0, 2]}}, r"V4\.1 has its fields in text_config"),
+    "v41-other-names": (
+        without(FLASH_OFFICIAL, kv_source_layers=[2, 8, 14, 20]),
+        r"V4\.1 has kv_source_layers, whose meaning is not known for certain: it must have kv_source_layer_ids",
+    ),
+    "v4-with-kv-sources": (
+        without(FLASH_HUGGING_FACE, kv_source_layer_ids=[2, 8]),
+        r"declares 'deepseek_v4', but it has kv_source_layer_ids, as DeepSeek-V4\.1 does",
+    ),
+    "v4-with-ratio-1": (
+        without(FLASH_HUGGING_FACE, compress_ratios=[0] * 20 + [1] * 23),
+        r"declares 'deepseek_v4', but compress_ratios has 1",
+    ),
+    "two-models": (
+        without(FLASH_HUGGING_FACE, architectures=["DeepseekV41ForCausalLM"]),
+        r"declares 'deepseek_v4', but it declares 'DeepseekV41ForCausalLM'",
+    ),
     "v32-model-type": ({"model_type": "deepseek_v32", "index_topk": 2048}, r"V3\.2 .*single tokens"),
     "v32-architecture": ({"architectures": ["DeepseekV32ForCausalLM"]}, r"V3\.2"),
     "v32-official": ({"dim": 7168, "n_layers": 61, "kv_lora_rank": 512, "index_topk": 2048}, r"V3\.2 .*kv_lora_rank"),
@@ -335,6 +434,12 @@ UNREADABLE: dict[str, tuple[dict[str, Any], str]] = {
         "original_max_position_embeddings must be a number, got None",
     ),
     "theta-is-text": (without(FLASH_HUGGING_FACE, rope_theta="10000"), "rope_theta must be a number, got '10000'"),
+    "v41-without-sources": (without(V41_HUGGING_FACE, "kv_source_layer_ids"), "kv_source_layer_ids must be present"),
+    "v41-without-eps": (without(V41_OFFICIAL, "norm_eps"), "norm_eps must be a number, got None"),
+    "v41-layer-types": (
+        without(V41_HUGGING_FACE, layer_types=["compressed_sparse_attention"] * 40),
+        r"layer_types\[0\] must be in step with compress_ratios\[0\] = 0, got 4",
+    ),
     "ratios-not-a-list": (without(FLASH_OFFICIAL, compress_ratios=4), "compress_ratios must be a sequence"),
 }
 
@@ -376,6 +481,48 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
         "yarn_beta_fast must be greater than yarn_beta_slow",
     ),
     "eps-nan": ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive finite number, got nan"),
+    "v41-hadamard": (V41_TINY | {"indexer_hadamard": True}, r"indexer_hadamard must be False in V4\.1"),
+    "v41-mixed-ratios": (
+        V41_TINY | {"compress_ratios": (0, 2, 2, 4)},
+        r"compress_ratios\[3\] must be 0, 1 or 2 beside ratios of V4\.1, got 4",
+    ),
+    "v41-without-kv-sources": (V41_TINY | {"kv_source_layer_ids": ()}, "kv_source_layer_ids must be a list of layers"),
+    "v41-sources-text": (V41_TINY | {"index_source_layer_ids": "13"}, "index_source_layer_ids must be a sequence"),
+    "v41-source-4": (
+        V41_TINY | {"index_source_layer_ids": (1, 3, 4)},
+        r"index_source_layer_ids must be layers in 0\.\.3",
+    ),
+    "v41-descending": (V41_TINY | {"index_source_layer_ids": (3, 1)}, "index_source_layer_ids must be .* ascending"),
+    "v41-kv-source-chooses-not": (
+        V41_TINY | {"index_source_layer_ids": (1,)},
+        "index_source_layer_ids must be the kv_source_layer_ids and more",
+    ),
+    "v41-late-source": (
+        V41_TINY | {"kv_source_layer_ids": (3,)},
+        "kv_source_layer_ids must be a list that begins at or before layer 1",
+    ),
+    "v41-source-is-swa": (
+        V41_TINY | {"index_source_layer_ids": (0, 1, 3)},
+        "index_source_layer_ids must be layers with a ratio of 1 or 2",
+    ),
+    "v41-other-ratio-than-its-source": (
+        V41_TINY | {"compress_ratios": (0, 2, 1, 1)},
+        r"compress_ratios\[2\] must be that of its KV source, layer 1: 2, got 1",
+    ),
+    "v41-candidates-of-a-reuse-layer": (
+        V41_TINY | {"candidate_source_layer_id": 2},
+        "candidate_source_layer_id must be one of index_source_layer_ids, got 2",
+    ),
+    "v41-candidates-of-other-keys": (
+        V41_TINY | {"candidate_source_layer_id": 1},
+        "candidate_source_layer_id must be followed by index sources with the same index keys alone, got 1",
+    ),
+    "v41-no-candidate-blocks": (V41_TINY | {"candidate_topk_blocks": 0}, "candidate_topk_blocks must be a positive"),
+    "v4-with-sources": (
+        {"kv_source_layer_ids": (2,)},
+        r"kv_source_layer_ids must be left out without a ratio of 1 or 2",
+    ),
+    "v4-with-candidates": ({"candidate_source_layer_id": 0}, "candidate_source_layer_id must be left out"),
     "hadamard-int": ({"indexer_hadamard": 1}, "indexer_hadamard must be a bool, got 1"),
 }
 
@@ -397,6 +544,8 @@ def test_limits_are_allowed(changes: dict[str, Any]) -> None:
 
 
 def test_config_is_frozen_and_hashable() -> None:
+    lists = {"kv_source_layer_ids": [1, 3], "index_source_layer_ids": [1, 3]}
+    assert DSV4Config(**V41_TINY | lists) == DSV4Config(**V41_TINY), "lists of sources become tuples"
     config = DSV4Config(**TINY | {"compress_ratios": [0, 128, 4, 0, 0]})
     assert config == DSV4Config(**TINY) and hash(config) == hash(DSV4Config(**TINY)), "a list of ratios becomes a tuple"
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -5,6 +5,7 @@ a shape that depends on one, fails there, and what comes from the host is elsewh
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import fields, replace
 
 import pytest
@@ -12,6 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_layer import CSA, HCA, INDEX_FORMATS, SWA, make_block, make_cache, nvfp4_weights, tiny_config
+from test_layer_v41 import CONFIG as V41_CONFIG
+from test_layer_v41 import make_blocks as make_v41_blocks
+from test_layer_v41 import make_caches as make_v41_caches
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -163,6 +167,23 @@ def test_a_step_with_quantised_weights_asks_for_nothing(linear: Linear, weights:
 @pytest.mark.parametrize("counts", STEPS.values(), ids=STEPS)
 def test_a_step_asks_for_nothing(layer: int, counts: list[int], recorder: Recorder) -> None:
     check_steps(*on_meta(layer), counts, recorder)
+
+
+def test_a_step_of_v41_layers_asks_for_nothing(recorder: Recorder) -> None:
+    """All roles, one after another, replayable as one program."""
+    options = {"index_format": "mxfp4", "kv_format": "bf16", "dtype": torch.bfloat16, "max_blocks_per_seq": 4}
+    blocks, caches = [block.to(META) for block in make_v41_blocks()], make_v41_caches(device=META, **options)
+    programs = []
+    for count, is_static in ((7, False), (1, True), (3, False), (1, True)):
+        for cache in caches:
+            cache.begin_step([0, 2], [count, count], static=is_static)
+        x = torch.empty(2 * count, V41_CONFIG.hidden_size, dtype=torch.bfloat16, device=META)
+        recorder.program.clear()
+        with recorder if programs or is_static else nullcontext():  # the first puts constants on the device
+            for block, cache in zip(blocks, caches, strict=True):
+                x = x + block(x, cache)
+        programs.append(list(recorder.program))
+    assert len(programs[1]) > 100 and programs[1] == programs[3]
 
 
 def check_steps(block: AttentionSubBlock, cache: LayerCacheHandle, counts: list[int], recorder: Recorder) -> None:

@@ -12,6 +12,13 @@
 
 An FP8 weight is E4M3 with one scale per 128 x 128 block, in `.scale` (official) or `.weight_scale_inv` (Hugging Face):
 W[i, j] = code[i, j] * scale[i // 128, j // 128]. "Dense" is bf16, fp16 or fp32.
+
+V4.1, under official names alone (the Hugging Face ones are not known for certain), with a scale per 32 x 32 block:
+
+    wq_a .. attn_sink                  as above, in every layer (no source lists others; a file that differs is refused)
+    compressor.{wkv,norm}              dense, in full layers; compressor.wgate too where the ratio is 2
+    indexer.{wk,k_norm}                dense, in full layers
+    indexer.{wq_b,weights_proj}        as above, in full and reindex layers
 """
 
 import json
@@ -26,8 +33,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_indexer.config import CSA_RATIO, DSV4Config
-from lightning_indexer.formats import FP8_BLOCK, dequantize_block_fp8
+from lightning_indexer.config import CSA_RATIO, V41_RATIOS, DSV4Config
+from lightning_indexer.formats import FP8_BLOCK, V41_FP8_BLOCK, dequantize_block_fp8
 
 FP8_LINEARS = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "indexer.wq_b")
 
@@ -57,14 +64,15 @@ def load_attention_weights(
     Raises:
         FileNotFoundError: `path`, or a shard that the index names, is not there.
         KeyError: tensors are missing (all of them are listed), a scale of an FP8 weight included.
-        ValueError: layer out of range, unexpected tensors, a wrong shape or dtype, NaN or Inf, a broken file.
+        ValueError: layer out of range, unexpected tensors, a wrong shape or dtype, NaN or Inf, a broken file, V4.1
+            under Hugging Face names.
     """
     if fp8 not in ("keep", "dequantize"):
         raise ValueError(f"load_attention_weights: fp8 must be 'keep' or 'dequantize', got {fp8!r}")
     if dtype not in _DENSE_DTYPES.values():
         raise ValueError(f"load_attention_weights: dtype must be one of {[*_DENSE_DTYPES.values()]}, got {dtype}")
     shapes = expected_shapes(config, layer)
-    stored = _find_layer(Path(path), layer, shapes)
+    stored = _find_layer(Path(path), config, layer, shapes)
     with ExitStack() as stack:
         shards = {file: stack.enter_context(_open(file)) for file in sorted(set(stored.files.values()))}
         headers = _read_headers(stored, shards)
@@ -78,11 +86,12 @@ def load_attention_weights(
 def expected_shapes(config: DSV4Config, layer: int) -> dict[str, tuple[int, ...]]:
     """Shapes of a backbone layer's attention tensors by official name, without the scales of FP8 weights.
 
-    Compressor tensors are there in CSA and HCA layers, indexer tensors in CSA layers. `wo_a` stacks the groups'
-    weights; the rows of `wq_b` and `indexer.wq_b` are head-major. For the shape of a scale see `block_scale_shape`.
+    Compressor tensors are there in CSA and HCA layers, indexer tensors in CSA layers; in V4.1 which of them depends on
+    the layer's role. `wo_a` stacks the groups' weights; the rows of `wq_b` and `indexer.wq_b` are head-major. For the
+    shape of a scale see `block_scale_shape`.
     """
     c = config
-    ratio = config.layer_compress_ratio(layer)
+    ratio, role = config.layer_compress_ratio(layer), config.layer_role(layer)
     shapes: dict[str, tuple[int, ...]] = {
         "wq_a.weight": (c.query_compression_dim, c.hidden_size),
         "q_norm.weight": (c.query_compression_dim,),
@@ -93,18 +102,22 @@ def expected_shapes(config: DSV4Config, layer: int) -> dict[str, tuple[int, ...]
         "wo_b.weight": (c.hidden_size, c.o_groups * c.o_lora_rank),
         "attn_sink": (c.num_heads,),
     }
-    if ratio:
+    if role == "full" or config.layer_kind(layer) == "HCA":
         shapes |= _compressor_shapes("compressor", ratio, c.head_dim, c.hidden_size)
-    if ratio == CSA_RATIO:
+    if role in ("full", "reindex"):
         shapes["indexer.wq_b.weight"] = (c.indexer_num_heads * c.indexer_head_dim, c.query_compression_dim)
         shapes["indexer.weights_proj.weight"] = (c.indexer_num_heads, c.hidden_size)
+    if role == "full" and config.is_v41:
+        shapes["indexer.wk.weight"] = (c.indexer_head_dim, c.head_dim)
+        shapes["indexer.k_norm.weight"] = (c.indexer_head_dim,)
+    elif role == "full":
         shapes |= _compressor_shapes("indexer.compressor", ratio, c.indexer_head_dim, c.hidden_size)
     return shapes
 
 
-def block_scale_shape(weight_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the scale of an FP8 weight: one value per 128 x 128 block, the last blocks cut short."""
-    return tuple(-(-size // FP8_BLOCK) for size in weight_shape)
+def block_scale_shape(weight_shape: tuple[int, ...], block_size: int = FP8_BLOCK) -> tuple[int, ...]:
+    """Shape of the scale of an FP8 weight: one value per 128 x 128 block (V4.1: 32 x 32), the last ones cut short."""
+    return tuple(-(-size // block_size) for size in weight_shape)
 
 
 _INDEX_FILE = "model.safetensors.index.json"
@@ -141,6 +154,7 @@ class _StoredLayer:
     """Where one layer's tensors are."""
 
     label: str  # "layer 3 of PATH", for messages
+    block_size: int  # of the scales of FP8 weights, both ways
     names: Mapping[str, str]  # official name without prefix -> name in the files, for all that such a layer may have
     files: Mapping[str, Path]  # name in the files -> file, for all that is there
 
@@ -160,15 +174,15 @@ class _Header:
 def _compressor_shapes(prefix: str, ratio: int, dim: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
     # Windows of CSA overlap: half of the channels is for the token's own window, half for the next one.
     width = 2 * dim if ratio == CSA_RATIO else dim
-    return {
-        f"{prefix}.wkv.weight": (width, hidden_size),
-        f"{prefix}.wgate.weight": (width, hidden_size),
-        f"{prefix}.ape": (ratio, width),
-        f"{prefix}.norm.weight": (dim,),
-    }
+    shapes: dict[str, tuple[int, ...]] = {f"{prefix}.wkv.weight": (width, hidden_size)}
+    if ratio != 1:
+        shapes[f"{prefix}.wgate.weight"] = (width, hidden_size)
+    if ratio not in V41_RATIOS:
+        shapes[f"{prefix}.ape"] = (ratio, width)
+    return {**shapes, f"{prefix}.norm.weight": (dim,)}
 
 
-def _find_layer(path: Path, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> _StoredLayer:
+def _find_layer(path: Path, config: DSV4Config, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> _StoredLayer:
     files = _tensor_files(path)
     label = f"layer {layer} of {path}"
     prefixes = [f"{root}layers.{layer}.{module}." for root in ("", "model.") for module in ("attn", "self_attn")]
@@ -177,9 +191,14 @@ def _find_layer(path: Path, layer: int, shapes: Mapping[str, tuple[int, ...]]) -
         raise KeyError(f"{label}: expected tensors named {' or '.join(p + '*' for p in prefixes)}, got none")
     if len(found) > 1:
         raise ValueError(f"{label}: expected tensors under one prefix, got {' and '.join(found)}")
+    if config.is_v41 and found[0].endswith(".self_attn."):
+        raise ValueError(
+            f"{label}: expected official names ({prefixes[0]}*), got {found[0]}* (the Hugging Face names of V4.1's "
+            "tensors are not known for certain)"
+        )
     files = {name: file for name, file in files.items() if name.startswith(found[0])}
     names = {name: _name_in_files(name, found[0], files) for name in _with_scales(shapes)}
-    return _StoredLayer(label, names, files)
+    return _StoredLayer(label, V41_FP8_BLOCK if config.is_v41 else FP8_BLOCK, names, files)
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:
@@ -275,7 +294,8 @@ def _read_headers(stored: _StoredLayer, shards: Mapping[Path, Any]) -> dict[str,
 def _check_headers(stored: _StoredLayer, headers: Mapping[str, _Header], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Names, shapes and dtypes, before any data is read."""
     fp8_linears = [m for m in FP8_LINEARS if f"{m}.weight" in headers and headers[f"{m}.weight"].dtype == _FP8_DTYPE]
-    shapes = {**shapes, **{f"{m}.scale": block_scale_shape(shapes[f"{m}.weight"]) for m in fp8_linears}}
+    size = stored.block_size
+    shapes = {**shapes, **{f"{m}.scale": block_scale_shape(shapes[f"{m}.weight"], size) for m in fp8_linears}}
     _check_names(stored, shapes)
     for name, header in headers.items():
         if name not in shapes:
@@ -329,7 +349,8 @@ def _dequantize_all(stored: _StoredLayer, tensors: Mapping[str, Tensor], dtype: 
     result = {}
     for name, tensor in tensors.items():
         if tensor.dtype == torch.float8_e4m3fn:
-            tensor = dequantize_block_fp8(tensor, tensors[name.replace(".weight", ".scale")], dtype)
+            scale = tensors[name.replace(".weight", ".scale")]
+            tensor = dequantize_block_fp8(tensor, scale, dtype, block_size=stored.block_size)
             _check_finite(stored, name, tensor)  # a large scale can overflow fp16
         if not name.endswith(".scale"):
             result[name] = tensor

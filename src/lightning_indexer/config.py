@@ -1,4 +1,4 @@
-"""The geometry of a DeepSeek-V4 model: sizes, the kind of each layer, and what RoPE needs.
+"""The geometry of a DeepSeek-V4 or V4.1 model: sizes, the kind of each layer, and what RoPE needs.
 
 Read from the official `inference/config.json` or from a Hugging Face `config.json`. Field names of the two:
 
@@ -16,6 +16,15 @@ Read from the official `inference/config.json` or from a Hugging Face `config.js
     yarn_factor                 rope_factor        rope_scaling / rope_parameters: factor
     yarn_original_max_position  original_seq_len   ... original_max_position_embeddings
     rms_norm_eps                norm_eps           rms_norm_eps
+
+V4.1 adds kv_source_layer_ids, index_source_layer_ids, candidate_source_layer_id, candidate_topk_blocks and
+candidate_block_size, which DSV4Config calls the same. In V4.1 layers share what they compress, and what they choose:
+
+    full      compresses tokens, writes KV entries and index keys, chooses      every layer of kv_source_layer_ids
+    reindex   chooses anew among the index keys of the last full layer          the rest of index_source_layer_ids
+    reuse     attends to what the last layer that chose has chosen              all others with a ratio of 1 or 2
+
+Every layer has its own queries and its own window. In V4 every CSA layer is a full one.
 """
 
 import json
@@ -28,16 +37,22 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeGuard
 
 LayerKind = Literal["SWA", "CSA", "HCA"]
+LayerRole = Literal["full", "reindex", "reuse"]
 
 SWA_RATIO = 0
 CSA_RATIO = 4
 HCA_RATIO = 128
-LAYER_KINDS: dict[int, LayerKind] = {SWA_RATIO: "SWA", CSA_RATIO: "CSA", HCA_RATIO: "HCA"}
+V41_RATIOS = (1, 2)
+LAYER_KINDS: dict[int, LayerKind] = {
+    SWA_RATIO: "SWA",
+    **dict.fromkeys((*V41_RATIOS, CSA_RATIO), "CSA"),
+    HCA_RATIO: "HCA",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DSV4Config:
-    """Sizes of one DeepSeek-V4 model, checked on construction (`ValueError` names the field).
+    """Sizes of one DeepSeek-V4 or V4.1 model, checked on construction (`ValueError` names the field).
 
     Args:
         hidden_size: width of the hidden state.
@@ -50,8 +65,8 @@ class DSV4Config:
         indexer_head_dim: 64 or 128.
         csa_top_k: entries that a CSA layer selects per query, 1..4096.
         sliding_window: uncompressed tokens that every layer sees.
-        compress_ratios: one per layer: 0 (SWA), 4 (CSA) or 128 (HCA). At least `num_hidden_layers` long; what follows
-            belongs to MTP layers and is kept as the checkpoint lists it.
+        compress_ratios: one per layer: 0 (SWA), 4 (CSA) or 128 (HCA); in V4.1: 0 (SWA), 1 or 2 (CSA). At least
+            `num_hidden_layers` long; what follows belongs to MTP layers and is kept as the checkpoint lists it.
         rope_theta: RoPE base of the ratio-0 layers. They never use YaRN.
         compress_rope_theta: RoPE base of the other layers, for everything in them (queries and window KV too).
         yarn_factor: context stretch of the compressed layers; 1.0 means no YaRN.
@@ -60,6 +75,12 @@ class DSV4Config:
         rms_norm_eps: epsilon of every RMSNorm.
         indexer_hadamard: rotate index queries and keys as the official code does. No config.json says: use
             `dataclasses.replace(config, indexer_hadamard=False)` for caches written without (vLLM, Hugging Face).
+            False in V4.1.
+        kv_source_layer_ids: V4.1's full layers, ascending; the layers up to the next one read their KV entries and
+            index keys, and have their ratio.
+        index_source_layer_ids: V4.1's full and reindex layers, ascending.
+        candidate_source_layer_id: an index source. Those after it choose among the entries of the
+            `candidate_topk_blocks` blocks of `candidate_block_size` entries that score best in it. None: no such layer.
     """
 
     hidden_size: int
@@ -84,6 +105,11 @@ class DSV4Config:
     max_position_embeddings: int = 1_048_576
     rms_norm_eps: float = 1e-6
     indexer_hadamard: bool = True
+    kv_source_layer_ids: tuple[int, ...] = ()
+    index_source_layer_ids: tuple[int, ...] = ()
+    candidate_source_layer_id: int | None = None
+    candidate_topk_blocks: int = 2048
+    candidate_block_size: int = 8
 
     def __post_init__(self) -> None:
         for name in _POSITIVE_INTEGERS:
@@ -93,6 +119,7 @@ class DSV4Config:
         self._check_heads()
         self._check_indexer()
         self._check_layers()
+        self._check_sharing()
         self._check_rope()
 
     @classmethod
@@ -136,8 +163,33 @@ class DSV4Config:
         )
 
     @classmethod
+    def v41_flash(cls) -> "DSV4Config":
+        """DeepSeek-V4.1-Flash: 40 layers (2 SWA, 4 full, 4 reindex, 30 reuse) and three DSpark layers."""
+        return cls(
+            hidden_size=5120,
+            num_hidden_layers=40,
+            num_heads=64,
+            head_dim=512,
+            rope_head_dim=64,
+            query_compression_dim=1280,
+            o_groups=8,
+            o_lora_rank=1024,
+            indexer_num_heads=32,
+            indexer_head_dim=128,
+            csa_top_k=512,
+            sliding_window=128,
+            compress_ratios=(0, 0, *[2] * 18, *[1] * 20, 0, 0, 0),
+            yarn_factor=16.0,
+            rms_norm_eps=1e-20,
+            indexer_hadamard=False,
+            kv_source_layer_ids=(2, 8, 14, 20),
+            index_source_layer_ids=(2, 8, 14, 20, 24, 28, 32, 36),
+            candidate_source_layer_id=20,
+        )
+
+    @classmethod
     def from_json(cls, source: str | PathLike[str] | Mapping[str, Any]) -> "DSV4Config":
-        """Read an official or a Hugging Face `config.json` of DeepSeek-V4.
+        """Read an official or a Hugging Face `config.json` of DeepSeek-V4 or V4.1.
 
         The layer kinds are always read from a list. Hugging Face's fallback for a file without one is a layer out of
         phase with the shipped V4-Pro list, so such a file is an error here.
@@ -145,18 +197,19 @@ class DSV4Config:
         Args:
             source: the parsed JSON object, the path of the file, or the path of a folder that holds `config.json`.
         Raises:
-            ValueError: a missing, malformed or contradictory field, or a file of DeepSeek-V4.1, V3.2, V3 or another
-                model (the message says which).
+            ValueError: a missing, malformed or contradictory field, or a file of DeepSeek-V3.2, V3 or another model
+                (the message says which).
             FileNotFoundError: no such file.
         """
         data = source if isinstance(source, Mapping) else _read_json(Path(source))
         _refuse_other_models(data)
         _check_has_layer_list(data)
         is_official = "dim" in data or "n_layers" in data
-        return cls(**(_official_fields(data) if is_official else _hugging_face_fields(data)))
+        fields = _official_fields(data) if is_official else _hugging_face_fields(data)
+        return cls(**fields, **(_v41_fields(data) if _v41_sign(data) else {}))
 
     def layer_compress_ratio(self, layer: int) -> int:
-        """Compression ratio of a backbone layer: 0, 4 or 128. `ValueError` outside 0..num_hidden_layers-1."""
+        """Compression ratio of a backbone layer: 0, 1, 2, 4 or 128. `ValueError` outside 0..num_hidden_layers-1."""
         if not 0 <= layer < self.num_hidden_layers:
             raise ValueError(
                 f"layer must be in 0..{self.num_hidden_layers - 1} (the model has {self.num_hidden_layers} layers, "
@@ -167,6 +220,32 @@ class DSV4Config:
     def layer_kind(self, layer: int) -> LayerKind:
         """Kind of a backbone layer: "SWA", "CSA" or "HCA"."""
         return LAYER_KINDS[self.layer_compress_ratio(layer)]
+
+    @property
+    def is_v41(self) -> bool:
+        """Whether layers share entries, index keys and selections: ratios 1 and 2, without overlap or position bias."""
+        return bool(self.kv_source_layer_ids)
+
+    def layer_role(self, layer: int) -> LayerRole | None:
+        """What a CSA layer makes by itself: "full", "reindex" or "reuse" (see above). None for SWA and HCA."""
+        if self.layer_kind(layer) != "CSA":
+            return None
+        if layer == self.layer_kv_source(layer):
+            return "full"
+        return "reindex" if layer == self.layer_index_source(layer) else "reuse"
+
+    def layer_kv_source(self, layer: int) -> int:
+        """The layer whose compressed KV and index keys this one reads: in V4 itself. `ValueError` for SWA."""
+        return self._layer_source(layer, self.kv_source_layer_ids)
+
+    def layer_index_source(self, layer: int) -> int:
+        """The layer whose selection this one attends to: in V4 itself. `ValueError` for SWA."""
+        return self._layer_source(layer, self.index_source_layer_ids)
+
+    def layer_chooses_among_candidates(self, layer: int) -> bool:
+        """Whether a layer's selection is restricted to what the candidate source left."""
+        source = self.candidate_source_layer_id
+        return source is not None and source < layer and self.layer_role(layer) == "reindex"
 
     def layer_rope_theta(self, layer: int) -> float:
         """RoPE base of everything that is rotated in a backbone layer."""
@@ -201,10 +280,64 @@ class DSV4Config:
         object.__setattr__(self, "compress_ratios", tuple(self.compress_ratios))
         for layer, ratio in enumerate(self.compress_ratios):
             if not _is_ratio(ratio):
-                _fail(f"compress_ratios[{layer}]", "0 (SWA), 4 (CSA) or 128 (HCA)", ratio)
+                _fail(f"compress_ratios[{layer}]", "0 (SWA), 1 or 2 (CSA of V4.1), 4 (CSA) or 128 (HCA)", ratio)
         if len(self.compress_ratios) < self.num_hidden_layers:
             expected = f"at least num_hidden_layers = {self.num_hidden_layers} entries long"
             _fail("compress_ratios", expected, f"{len(self.compress_ratios)} entries")
+
+    def _layer_source(self, layer: int, sources: Sequence[int]) -> int:
+        if self.layer_compress_ratio(layer) == SWA_RATIO:
+            raise ValueError(f"layer {layer} is SWA and attends to no compressed entries")
+        return max((source for source in sources if source <= layer), default=layer)
+
+    def _check_sharing(self) -> None:
+        """What V4.1 says of its layers, and that V4 says nothing of it."""
+        for name in _SOURCE_LISTS:
+            if not _is_list(getattr(self, name)):
+                _fail(name, "a sequence of layers", getattr(self, name))
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not any(ratio in V41_RATIOS for ratio in self.compress_ratios):
+            for name in (*_SOURCE_LISTS, "candidate_source_layer_id"):
+                if getattr(self, name) not in ((), None):
+                    _fail(name, "left out without a ratio of 1 or 2 (V4.1)", getattr(self, name))
+            return
+        for layer, ratio in enumerate(self.compress_ratios):
+            if ratio not in (SWA_RATIO, *V41_RATIOS):
+                _fail(f"compress_ratios[{layer}]", "0, 1 or 2 beside ratios of V4.1", ratio)
+        if self.indexer_hadamard:
+            _fail("indexer_hadamard", "False in V4.1, whose index keys are not rotated", True)
+        self._check_sources()
+        self._check_candidates()
+
+    def _check_sources(self) -> None:
+        for name in _SOURCE_LISTS:
+            sources = getattr(self, name)
+            if not all(_is_integer(layer) and 0 <= layer < self.num_hidden_layers for layer in sources):
+                _fail(name, f"layers in 0..{self.num_hidden_layers - 1}", sources)
+            if not sources or list(sources) != sorted(set(sources)):
+                _fail(name, "a list of layers, ascending", sources)
+        if not set(self.kv_source_layer_ids) <= set(self.index_source_layer_ids):
+            _fail("index_source_layer_ids", "the kv_source_layer_ids and more", self.index_source_layer_ids)
+        backbone = self.compress_ratios[: self.num_hidden_layers]
+        for layer, ratio in enumerate(backbone):
+            source = max((source for source in self.kv_source_layer_ids if source <= layer), default=None)
+            if ratio == SWA_RATIO:
+                if layer in self.index_source_layer_ids:
+                    _fail("index_source_layer_ids", "layers with a ratio of 1 or 2", self.index_source_layer_ids)
+            elif source is None:
+                _fail("kv_source_layer_ids", f"a list that begins at or before layer {layer}", self.kv_source_layer_ids)
+            elif backbone[source] != ratio:
+                _fail(f"compress_ratios[{layer}]", f"that of its KV source, layer {source}: {backbone[source]}", ratio)
+
+    def _check_candidates(self) -> None:
+        source = self.candidate_source_layer_id
+        if source is None:
+            return
+        if not _is_integer(source) or source not in self.index_source_layer_ids:
+            _fail("candidate_source_layer_id", "one of index_source_layer_ids", source)
+        later = [layer for layer in self.index_source_layer_ids if layer > source]
+        if any(self.layer_kv_source(layer) != self.layer_kv_source(source) for layer in later):
+            _fail("candidate_source_layer_id", "followed by index sources with the same index keys alone", source)
 
     def _check_rope(self) -> None:
         if self.yarn_factor < 1:
@@ -231,7 +364,10 @@ _POSITIVE_INTEGERS = (
     "sliding_window",
     "yarn_original_max_position",
     "max_position_embeddings",
+    "candidate_topk_blocks",
+    "candidate_block_size",
 )
+_SOURCE_LISTS = ("kv_source_layer_ids", "index_source_layer_ids")
 _POSITIVE_NUMBERS = (
     "rope_theta",
     "compress_rope_theta",
@@ -283,17 +419,15 @@ _LEGACY_RATES = {
     "compress_rate_hca": "heavily_compressed_attention",
 }
 
-_V41_FIELDS = (
-    *("kv_source_layer_ids", "index_source_layer_ids", "candidate_source_layer_id"),  # Hugging Face
-    *("kv_source_layers", "index_source_layers", "candidate_source_layer"),  # official
-)
-_V41_RATIOS = (1, 2)
+_V41_FIELDS = (*_SOURCE_LISTS, "candidate_source_layer_id")
+_CANDIDATE_FIELDS = ("candidate_source_layer_id", "candidate_topk_blocks", "candidate_block_size")
+_V41_OTHER_NAMES = ("kv_source_layers", "index_source_layers", "candidate_source_layer")
 _WHY_NOT_V4 = {
-    "V4.1": "its layers share compressed KV and index keys, at ratios 1 and 2 without overlap or position bias",
-    "V3.2": "its indexer scores single tokens and none of its layers is compressed",
+    "V3.2": "its indexer scores single tokens and none of its layers is compressed (score_topk serves it: see "
+    "docs/relatives.md)",
     "V3": "it has neither an indexer nor compressed layers",
 }
-_DECLARED_VERSIONS = {"41": "V4.1", "32": "V3.2", "3": "V3"}
+_DECLARED_VERSIONS = {"32": "V3.2", "3": "V3"}
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
@@ -308,23 +442,55 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 
 def _refuse_other_models(data: Mapping[str, Any]) -> None:
-    """Raise `ValueError` with the model's name unless the file can be one of DeepSeek-V4."""
-    nested = data.get("text_config")
-    for part in (data, nested if isinstance(nested, Mapping) else {}):
-        for name in _V41_FIELDS:
-            if name in part:
-                _refuse("V4.1", f"it has {name}")
-        for ratio in _list_or_empty(part, "compress_ratios"):
-            if ratio in _V41_RATIOS:
-                _refuse("V4.1", f"compress_ratios has {ratio}")
+    """Raise `ValueError` with the model's name unless the file can be one of DeepSeek-V4 or V4.1."""
+    _refuse_unknown_spellings(data)
     names = _declared_names(data)
-    for name in names:
-        version = re.match(r"deepseekv(\d+)", re.sub(r"[_.\-]", "", name.lower()))
-        if version is None or version[1] != "4":
-            _refuse(_DECLARED_VERSIONS.get(version[1], name) if version else name, f"it declares {name!r}")
+    versions = {name: _declared_version(name) for name in names}
+    for name, version in versions.items():
+        if version not in ("4", "41"):
+            _refuse(_DECLARED_VERSIONS.get(version, name) if version else name, f"it declares {name!r}")
+    sign = _v41_sign(data)
+    for name, version in versions.items():
+        if version == "4" and sign:
+            raise ValueError(f"this config.json declares {name!r}, but {sign}, as DeepSeek-V4.1 does: it must be one")
     if not names and not _has_layer_list(data) and "kv_lora_rank" in data:
         has_indexer = "index_topk" in data
         _refuse("V3.2" if has_indexer else "V3", "it has kv_lora_rank and no compress_ratios")
+
+
+def _refuse_unknown_spellings(data: Mapping[str, Any]) -> None:
+    """Of V4.1's fields in places or under names that are not known for certain."""
+    nested = data.get("text_config")
+    if isinstance(nested, Mapping) and not _has_layer_list(data) and (_v41_sign(data) or _v41_sign(nested)):
+        raise ValueError(
+            "this config.json of DeepSeek-V4.1 has its fields in text_config: pass that object to from_json"
+        )
+    for name in _V41_OTHER_NAMES:
+        if name in data:
+            raise ValueError(
+                f"this config.json of DeepSeek-V4.1 has {name}, whose meaning is not known for certain: "
+                f"it must have {', '.join(_V41_FIELDS)}"
+            )
+
+
+def _v41_sign(data: Mapping[str, Any]) -> str | None:
+    """What shows that a file is of V4.1; None where nothing does."""
+    for name in _declared_names(data):
+        if _declared_version(name) == "41":
+            return f"it declares {name!r}"
+    for name in (*_V41_FIELDS, *_V41_OTHER_NAMES):
+        if data.get(name) is not None:
+            return f"it has {name}"
+    for ratio in _list_or_empty(data, "compress_ratios"):
+        if ratio in V41_RATIOS:
+            return f"compress_ratios has {ratio}"
+    return None
+
+
+def _declared_version(name: str) -> str | None:
+    """'41' of 'deepseek_v41' or 'DeepseekV41ForCausalLM'; None where it is not DeepSeek's."""
+    version = re.match(r"deepseekv(\d+)", re.sub(r"[_.\-]", "", name.lower()))
+    return version[1] if version else None
 
 
 def _declared_names(data: Mapping[str, Any]) -> list[str]:
@@ -344,8 +510,8 @@ def _has_layer_list(data: Mapping[str, Any]) -> bool:
 
 def _official_fields(data: Mapping[str, Any]) -> dict[str, Any]:
     fields = _renamed(data, _OFFICIAL_NAMES)
-    # The shipped files leave out norm_eps; this is the default of the official ModelArgs.
-    fields["rms_norm_eps"] = data.get("norm_eps", 1e-6)
+    # The shipped files of V4 leave out norm_eps; this is the default of the official ModelArgs. V4.1's is another.
+    fields["rms_norm_eps"] = _number(data, "norm_eps", default=None if _v41_sign(data) else 1e-6)
     original = _number(data, "original_seq_len", default=0)
     if original == 0:  # how the official code spells "no YaRN"
         return {**fields, "max_position_embeddings": data.get("max_seq_len", 4096)}
@@ -358,6 +524,12 @@ def _official_fields(data: Mapping[str, Any]) -> dict[str, Any]:
         "yarn_beta_slow": data.get("beta_slow", 1),
         "max_position_embeddings": int(original * factor),  # max_seq_len is the size of a run's buffers
     }
+
+
+def _v41_fields(data: Mapping[str, Any]) -> dict[str, Any]:
+    fields = _renamed(data, {name: name for name in _SOURCE_LISTS})
+    optional = {name: data[name] for name in _CANDIDATE_FIELDS if data.get(name) is not None}
+    return {**fields, **optional, "indexer_hadamard": False}
 
 
 def _hugging_face_fields(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ MXFP4_GROUP = 32
 NVFP4_GROUP = 16
 MLA_GROUP = 64
 FP8_BLOCK = 128  # of a weight, both ways
+V41_FP8_BLOCK = 32
 MLA_FP8_DIMS = 448
 MLA_ROPE_DIMS = 64
 FP8_AMAX_FLOOR = 1e-4
@@ -108,17 +109,20 @@ def dequantize(data: Tensor, scale: Tensor, format: str, *, global_scale: float 
     raise ValueError(f"dequantize: format must be one of {_all_formats()}, got {format!r}")
 
 
-def dequantize_block_fp8(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply out an FP8 weight: W[i, j] = code[i, j] * scale[i // 128, j // 128], in fp32, rounded once to `dtype`.
+def dequantize_block_fp8(weight: Tensor, scale: Tensor, dtype: torch.dtype, *, block_size: int = FP8_BLOCK) -> Tensor:
+    """Multiply out an FP8 weight: W[i, j] = code[i, j] * scale[i // block_size, j // block_size].
+
+    In fp32, rounded once to `dtype`.
 
     Args:
         weight: [out, in] float8_e4m3fn.
-        scale: [ceil(out / 128), ceil(in / 128)] float8_e8m0fnu or float32.
+        scale: [ceil(out / block_size), ceil(in / block_size)] float8_e8m0fnu or float32.
+        block_size: 128, or 32 in V4.1.
     """
     result = torch.empty_like(weight, dtype=dtype)
     for block, row_scale in enumerate(scale.float()):  # one row of blocks at a time keeps the fp32 copy small
-        rows = slice(block * FP8_BLOCK, (block + 1) * FP8_BLOCK)
-        result[rows] = (weight[rows].float() * row_scale.repeat_interleave(FP8_BLOCK)[: weight.shape[1]]).to(dtype)
+        rows = slice(block * block_size, (block + 1) * block_size)
+        result[rows] = (weight[rows].float() * row_scale.repeat_interleave(block_size)[: weight.shape[1]]).to(dtype)
     return result
 
 

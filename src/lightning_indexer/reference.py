@@ -122,11 +122,11 @@ def compress(
     x: Tensor,
     *,
     wkv: Tensor,
-    wgate: Tensor,
-    ape: Tensor,
+    wgate: Tensor | None,
+    ape: Tensor | None,
     norm: Tensor,
     compress_ratio: int,
-    frequencies: Tensor,
+    frequencies: Tensor | None,
     eps: float,
     rotate: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -135,10 +135,13 @@ def compress(
 
     Entry w pools tokens w*ratio .. w*ratio + ratio - 1; with ratio 4 it also pools the window before, through the
     first half of the channels (absent for w = 0). Softmax over the pooled tokens, channel by channel.
+
+    V4.1 has no `ape`, and no `wgate` at ratio 1. Without `frequencies` entries are not rotated: V4.1's latents.
     """
     d, overlap = len(norm), compress_ratio == 4
     values = x.to(dtype) @ wkv.to(dtype).T  # [L, d or 2d]
-    gates = x.to(dtype) @ wgate.to(dtype).T
+    gates = torch.zeros_like(values) if wgate is None else x.to(dtype) @ wgate.to(dtype).T
+    ape = torch.zeros(compress_ratio, values.shape[1], device=x.device) if ape is None else ape
     entries = []
     for w in range(len(x) // compress_ratio):
         own = range(w * compress_ratio, (w + 1) * compress_ratio)
@@ -150,5 +153,6 @@ def compress(
         entries.append((weight * torch.stack([value for value, _ in pooled])).sum(0))
     out = torch.stack(entries) if entries else values.new_empty(0, d)
     out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + eps) * norm.to(dtype)
-    out = apply_rope(out, torch.arange(len(out), device=x.device) * compress_ratio, frequencies)
+    if frequencies is not None:
+        out = apply_rope(out, torch.arange(len(out), device=x.device) * compress_ratio, frequencies)
     return hadamard(out) if rotate else out

@@ -27,15 +27,23 @@ class LayerCacheHandle:
     Which of them exist follows from the layer's kind: SWA has the window alone, HCA adds KV entries and a compressor
     state, CSA adds index keys and the indexer's compressor state.
 
+    In V4.1 a full layer has the window, both pools and one compressor state, of which index keys are made too. Reindex
+    and reuse layers have the window alone and read the rest through `source`; theirs begins each step first.
+
     Args:
         config, layer: geometry.
         max_seqs: sequences are 0 .. max_seqs - 1.
         num_blocks: blocks in each pool.
         entries_per_block: of both pools.
         index_format, kv_format: see `formats`. "fp32" for both is the exact route for comparing with a model in fp32.
+            V4.1's own KV formats (288 and 528 bytes) are not there: "bf16" or "fp32".
         max_blocks_per_seq: columns of the block tables. Default: what the longest context needs, or all blocks.
         dtype: of the hidden states, and of the window.
         device: where all of it lies, and where the hidden states have to be.
+        source: V4.1 alone: the handle of the full layer that a reindex layer reads, or of the layer whose choice a
+            reuse layer attends to.
+        keep_selection: hold on to what the layer chose in a step, in `selected`, until the next step begins. In V4.1 a
+            layer that chooses does so anyway.
     """
 
     def __init__(
@@ -51,10 +59,22 @@ class LayerCacheHandle:
         max_blocks_per_seq: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        source: "LayerCacheHandle | None" = None,
+        keep_selection: bool = False,
     ) -> None:
         self.config, self.layer, self.kind = config, layer, config.layer_kind(layer)
+        self.role = config.layer_role(layer)
+        _check_source(config, layer, source)
+        if config.is_v41 and kv_format not in ("bf16", "fp32"):
+            raise ValueError(
+                f"LayerCacheHandle: kv_format must be 'bf16' or 'fp32' for DeepSeek-V4.1, got {kv_format!r} (its own "
+                "formats of 288 and 528 bytes are not implemented)"
+            )
         self.compress_ratio = config.layer_compress_ratio(layer)
         self.kv_format = kv_format
+        self.source = source
+        self.selected: Tensor | None = None  # int32 [T, n] of the step in progress, where it is kept
+        self.keep_selection = keep_selection or (config.is_v41 and self.role in ("full", "reindex"))
         self.step: Step | None = None
         self._device = torch.device(device)
         self._max_seqs = max_seqs
@@ -74,14 +94,17 @@ class LayerCacheHandle:
             return TokenRing(max_seqs, size, features, dtype=torch.float32, device=device)
 
         self.window = TokenRing(max_seqs, config.sliding_window, (config.head_dim,), dtype=dtype, device=device)
-        self.kv_pool = pool(kv_format, config.head_dim) if self.kind != "SWA" else None
-        self.compressor_state = state(config.head_dim) if self.kind != "SWA" else None
-        self.index_pool = pool(index_format, config.indexer_head_dim) if self.kind == "CSA" else None
-        self.indexer_state = state(config.indexer_head_dim) if self.kind == "CSA" else None
+        has_kv, has_keys = self.kind != "SWA" and source is None, self.kind == "CSA" and source is None
+        self.kv_pool = pool(kv_format, config.head_dim) if has_kv else None
+        self.compressor_state = state(config.head_dim) if has_kv else None
+        self.index_pool = pool(index_format, config.indexer_head_dim) if has_keys else None
+        self.indexer_state = state(config.indexer_head_dim) if has_keys and not config.is_v41 else None
 
     @property
     def paged(self) -> PagedPool:
         """The pool that the indexer reads, or that of the KV entries where there is no indexer."""
+        if self.source is not None:
+            return self.source.paged
         pool = self.index_pool or self.kv_pool
         if pool is None:
             raise ValueError(f"LayerCacheHandle: layer {self.layer} is SWA and has no paged cache")
@@ -142,6 +165,7 @@ class LayerCacheHandle:
                 to as many rows as the block table can address (most of them masked), not to those visible now.
         Raises:
             OutOfBlocks: the entries that these tokens complete do not fit. Nothing was changed.
+            ValueError: wrong counts, or the layer that this one reads has not begun the step. Nothing was changed.
         """
         if len(set(seq_ids)) != len(seq_ids) or len(seq_ids) != len(num_tokens):
             raise ValueError(f"begin_step: want distinct seq_ids with one count each, got {seq_ids} and {num_tokens}")
@@ -151,6 +175,7 @@ class LayerCacheHandle:
                 raise ValueError(f"begin_step: num_tokens of sequence {seq_id} must not be negative, got {count}")
         starts = [self._num_tokens[seq_id] for seq_id in seq_ids]
         ends = [start + count for start, count in zip(starts, num_tokens, strict=True)]
+        self._check_source_is_ahead(seq_ids, ends)
         completed = [self._entries(end) - self._entries(start) for start, end in zip(starts, ends, strict=True)]
         for pool in self._pools().values():
             pool.check_extend(seq_ids, completed)
@@ -159,7 +184,7 @@ class LayerCacheHandle:
         # all pools hold the same entries, allocated in the same order, but may give them different slots
         buffer.write(seq_ids, starts, {name: pool.reserve(seq_ids, completed) for name, pool in self._pools().items()})
         self._num_tokens.update(zip(seq_ids, ends, strict=True))
-        self.step, self._slots = buffer.step, buffer.slots
+        self.step, self._slots, self.selected = buffer.step, buffer.slots, None
         return self.step
 
     def append(self, entries: Tensor, kind: Literal["index", "kv"]) -> None:
@@ -177,17 +202,23 @@ class LayerCacheHandle:
         self.require_step()
         check_choice("append", "kind", kind, ("index", "kv"))
         if kind not in self._slots:
+            if self.source is not None:
+                raise ValueError(f"LayerCacheHandle: layer {self.layer} reads the entries of layer {self.source.layer}")
             raise ValueError(f"LayerCacheHandle: layer {self.layer} is {self.kind} and has no {kind!r} pool")
         return (self.read_indexer_view() if kind == "index" else self.read_kv_view()), self._slots[kind]
 
     def read_indexer_view(self) -> IndexerView:
         """The paged index keys, as `score_topk` reads them."""
+        if self.source is not None:
+            return self.source.read_indexer_view()
         if self.index_pool is None:
             raise ValueError(f"LayerCacheHandle: layer {self.layer} is {self.kind} and has no index keys")
         return IndexerView(self.index_pool.storage, self.index_pool.schema, self.index_pool.block_table)
 
     def read_kv_view(self) -> KVView:
         """The paged KV entries, as `gather_kv` reads them."""
+        if self.source is not None:
+            return self.source.read_kv_view()
         if self.kv_pool is None:
             raise ValueError(f"LayerCacheHandle: layer {self.layer} is {self.kind} and has no KV entries")
         return KVView(self.kv_pool.storage, self.kv_pool.schema, self.kv_pool.block_table)
@@ -225,3 +256,24 @@ class LayerCacheHandle:
     def _check_known(self, seq_id: int) -> None:
         if seq_id not in self._num_tokens:
             raise ValueError(f"LayerCacheHandle: sequence {seq_id} is not allocated, have {sorted(self._num_tokens)}")
+
+    def _check_source_is_ahead(self, seq_ids: Sequence[int], ends: Sequence[int]) -> None:
+        for seq_id, end in zip(seq_ids, ends, strict=True):
+            if self.source is not None and self.source._num_tokens.get(seq_id) != end:
+                raise ValueError(
+                    f"begin_step: layer {self.source.layer}, which layer {self.layer} reads, must have begun this step "
+                    f"with {end} tokens of sequence {seq_id}, got {self.source._num_tokens.get(seq_id)}"
+                )
+
+
+def _check_source(config: DSV4Config, layer: int, source: LayerCacheHandle | None) -> None:
+    """Raise unless `source` is the handle of the layer that this one reads, or None where it reads its own."""
+    role = config.layer_role(layer)
+    if role not in ("reindex", "reuse"):
+        if source is not None:
+            raise ValueError(f"LayerCacheHandle: layer {layer} reads its own entries, source must be left out")
+        return
+    wanted = config.layer_kv_source(layer) if role == "reindex" else config.layer_index_source(layer)
+    if source is None or source.layer != wanted or source.config != config:
+        got = "none" if source is None else f"one of layer {source.layer}"
+        raise ValueError(f"LayerCacheHandle: source of layer {layer} must be the handle of layer {wanted}, got {got}")

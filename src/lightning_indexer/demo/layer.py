@@ -90,7 +90,7 @@ class Layer:
         for ids in tokens.split(_TOKENS_PER_STEP):
             x = vectors[ids]  # [n, hidden]
             step = cache.begin_step([_SEQ], [len(ids)])
-            cache.append(self.indexer.compressor(x, step, cache.indexer_state), "index")
+            self.indexer.write_keys(x, cache)
             cache.append(self.compressor(x, step, cache.compressor_state), "kv")
             advance(len(ids))
 

@@ -28,14 +28,18 @@ class AttentionSubBlock(LoadedModule):
     CSA attends to the entries its indexer chose, HCA to all visible entries, SWA to the window alone. Keys and values
     are one vector per row, shared by all heads; the last rope_head_dim channels of a head's output are rotated back
     before the grouped low-rank output projection. Residual, input norm and hyper-connections are the caller's.
+
+    In V4.1 entries may be another layer's, and so may the choice among them (see `config`).
     """
 
     def __init__(self, config: DSV4Config, layer: int) -> None:
         super().__init__()
         self.config, self.layer, self.kind = config, layer, config.layer_kind(layer)
         self.frequencies = LayerFrequencies(config, layer)
-        self.compressor = None if self.kind == "SWA" else Compressor(config, layer, dim=config.head_dim)
-        self.indexer = CSAIndexer(config, layer) if self.kind == "CSA" else None
+        role = config.layer_role(layer)
+        has_entries = self.kind == "HCA" or role == "full"
+        self.compressor = Compressor(config, layer, dim=config.head_dim) if has_entries else None
+        self.indexer = CSAIndexer(config, layer) if role in ("full", "reindex") else None
         self.linears = torch.nn.ModuleDict()
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -71,12 +75,15 @@ class AttentionSubBlock(LoadedModule):
             self.put(name.removesuffix(".weight"), weights[name])
 
     @torch.no_grad()
-    def forward(self, x: Tensor, cache: LayerCacheHandle) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCacheHandle, *, indices: Tensor | None = None) -> Tensor:
         """Attend with the step's tokens.
 
         Args:
             x: [T, hidden] bf16, fp32 or fp16, in the order of the step that `cache.begin_step` announced.
             cache: this layer's; all its parts are updated.
+            indices: int32 [T, n], the entries to attend to, instead of what this layer's indexer would choose; -1 for
+                none. For a CSA layer, from another of the same ratio (`LayerCacheHandle.selected`). Index keys are
+                written all the same, so that a later step may choose anew. A reuse layer of V4.1 finds them by itself.
         Returns:
             [T, hidden] in x's dtype.
         """
@@ -88,17 +95,24 @@ class AttentionSubBlock(LoadedModule):
             raise ValueError(f"AttentionSubBlock: layer {self.layer} is {self.kind}, got a cache of kind {cache.kind}")
         if cache.config != self.config:
             raise ValueError(f"AttentionSubBlock: cache must have this layer's config, got one of {cache.config}")
+        if self.config.is_v41 and cache.layer != self.layer:
+            raise ValueError(f"AttentionSubBlock: cache must be that of layer {self.layer}, got that of {cache.layer}")
         if cache.window.rows.dtype != x.dtype:
             raise TypeError(
                 f"AttentionSubBlock: x must have the cache's dtype {cache.window.rows.dtype}, got {x.dtype} "
                 "(use LayerCacheHandle(..., dtype=x.dtype))"
             )
+        indices = self._given(indices, cache)
         c_Q = self.query_latent(x)
         q = self.query(c_Q, step)
         window_kv = self.window_kv(x, step, cache.kv_format)
-        if self.compressor is not None:
-            self.compressor.write(x, cache, "kv")
-        indices = self._select(c_Q, x, cache)
+        latents = self.compressor.write(x, cache, "kv") if self.compressor is not None else None
+        if indices is None:
+            indices = self._select(c_Q, x, cache, latents)
+        elif self.indexer is not None:
+            self.indexer.write_keys(x, cache, latents=latents)
+        if cache.keep_selection:
+            cache.selected = indices
         attended = self._attend(q, window_kv, indices, cache)
         cache.window.update(step, window_kv)
         return self.project(attended, step)
@@ -119,11 +133,31 @@ class AttentionSubBlock(LoadedModule):
         kv = apply_rope(kv, step.positions, self.frequencies.on(x.device))
         return fake_quantize(kv, kv_format) if kv_format == "fp8_ds_mla" else kv
 
-    def _select(self, c_Q: Tensor, x: Tensor, cache: LayerCacheHandle) -> Tensor:
+    def _given(self, indices: Tensor | None, cache: LayerCacheHandle) -> Tensor | None:
+        """Indices that this layer does not choose, checked: the caller's or, in a reuse layer, its source's."""
+        step = cache.require_step()
+        if indices is None and cache.role == "reuse":
+            indices = cache.source.selected if cache.source is not None else None
+            if indices is None:
+                source = self.config.layer_index_source(self.layer)
+                raise RuntimeError(
+                    f"AttentionSubBlock: layer {source}, whose choice layer {self.layer} attends to, must run first"
+                )
+        if indices is None:
+            return None
+        if self.kind != "CSA":
+            raise ValueError(f"AttentionSubBlock: indices must be left out in layer {self.layer}, which is {self.kind}")
+        shape, device = (step.num_tokens, "n"), step.positions.device
+        check_tensor("AttentionSubBlock", "indices", indices, dtype=torch.int32, shape=shape, device=device)
+        if indices.is_cpu:
+            _check_visible(indices, step)
+        return indices
+
+    def _select(self, c_Q: Tensor, x: Tensor, cache: LayerCacheHandle, latents: Tensor | None) -> Tensor:
         """int32 [T, k] entries to attend to, -1 where there are fewer."""
         step = cache.require_step()
         if self.indexer is not None:
-            chosen: Tensor = self.indexer(c_Q, x, cache)
+            chosen: Tensor = self.indexer(c_Q, x, cache, latents=latents)
             return chosen[:, : step.max_visible]  # ascending with -1 at the end: nothing is cut off
         entries = torch.arange(step.max_visible, dtype=torch.int32, device=x.device)
         return torch.where(entries < step.valid_lens.unsqueeze(1), entries, -1)
@@ -177,3 +211,14 @@ class AttentionSubBlock(LoadedModule):
         layer = self.linears[name]
         assert isinstance(layer, Linear), "load_weights puts nothing else here"
         return layer
+
+
+def _check_visible(indices: Tensor, step: Step) -> None:
+    """Raise ValueError for an entry that its token does not see."""
+    unseen = (indices >= step.valid_lens.unsqueeze(1)).any(1).nonzero()
+    if len(unseen):
+        token = int(unseen[0])
+        raise ValueError(
+            f"AttentionSubBlock: indices must lie below what a token sees, {int(step.valid_lens[token])} for token "
+            f"{token}, got {int(indices[token].max())}"
+        )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_indexer.checks import check_tensor
-from lightning_indexer.formats import FP8_BLOCK, NVFP4_GROUP, dequantize, dequantize_block_fp8
+from lightning_indexer.formats import FP8_BLOCK, NVFP4_GROUP, V41_FP8_BLOCK, dequantize, dequantize_block_fp8
 from lightning_indexer.query import QuantizedQuery, quantize_query
 
 
@@ -61,21 +61,28 @@ class Linear(LoadedModule):
 
 
 class Fp8BlockLinear(Linear):
-    """E4M3 weight with one UE8M0 scale per 128 x 128 block: W[i, j] * scale[i // 128, j // 128]."""
+    """E4M3 weight with one UE8M0 scale per 128 x 128 block: W[i, j] * scale[i // 128, j // 128]. V4.1: 32 x 32."""
+
+    block_size = FP8_BLOCK
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take `weight` float8_e4m3fn [out, in] and `scale` float8_e8m0fnu or fp32 [ceil(out/128), ceil(in/128)]."""
+        """Take `weight` float8_e4m3fn [out, in] and `scale` float8_e8m0fnu or fp32 [ceil(out/128), ceil(in/128)].
+
+        A scale of [ceil(out/32), ceil(in/32)] is one of V4.1.
+        """
         weight, scale = _take(self, weights, "weight"), _take(self, weights, "scale")
         shape = (self.out_features, self.in_features)
-        blocks = tuple(-(-n // FP8_BLOCK) for n in shape)
+        block_size = V41_FP8_BLOCK if scale.shape == _blocks(shape, V41_FP8_BLOCK) else FP8_BLOCK
+        blocks = _blocks(shape, block_size)
         check_tensor("Fp8BlockLinear", "weight", weight, dtype=torch.float8_e4m3fn, shape=shape)
         check_tensor("Fp8BlockLinear", "scale", scale, dtype=(torch.float8_e8m0fnu, torch.float32), shape=blocks)
         self.put("weight", weight)
         self.put("scale", scale)
+        self.block_size = block_size
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """[out, in] in `dtype`: exact in bf16 where the scales are powers of two."""
-        return dequantize_block_fp8(self.get("weight"), self.get("scale"), dtype)
+        return dequantize_block_fp8(self.get("weight"), self.get("scale"), dtype, block_size=self.block_size)
 
 
 class Nvfp4Linear(Linear):
@@ -144,6 +151,10 @@ def linear_for(name: str, weights: Mapping[str, Tensor], in_features: int, out_f
 def strip(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries under `prefix`, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def _blocks(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    return tuple(-(-n // size) for n in shape)
 
 
 def _take(module: nn.Module, weights: Mapping[str, Tensor], name: str) -> Tensor:

@@ -100,17 +100,37 @@ def pooled_entries(
         [E, D] in `dtype`, in the order of `step.entry_rows`; of rows that are -1, anything.
     """
     check_pooling("pooled_entries", values, gates, step, ring, ape, norm, frequencies)
-    ratio, dim = len(ape), len(norm)
-    chunk = torch.stack((values, gates + ape.float()[step.positions % ratio]), dim=1)
-    pooled = _pool(ring.with_chunk(step, chunk), step, ring, ratio, dim)
-    ring.update(step, chunk)
-    entries = _rms_norm(pooled.to(dtype), norm, eps)
-    entries = apply_rope(entries, step.entry_indices * ratio, frequencies)
+    entries = _pooled_latents(values, gates, step, ring, ape, norm, eps, dtype)
+    entries = apply_rope(entries, step.entry_indices * len(ape), frequencies)
     return hadamard(entries) if rotate else entries
 
 
+@torch.no_grad()
+def pooled_latents(
+    values: Tensor,
+    gates: Tensor,
+    step: Step,
+    ring: TokenRing,
+    *,
+    ape: Tensor,
+    norm: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`pooled_entries` of the same arguments before they are rotated: what V4.1 makes entries and index keys from."""
+    check_pooling("pooled_latents", values, gates, step, ring, ape, norm)
+    return _pooled_latents(values, gates, step, ring, ape, norm, eps, dtype)
+
+
 def check_pooling(
-    op: str, values: Tensor, gates: Tensor, step: Step, ring: TokenRing, ape: Tensor, norm: Tensor, frequencies: Tensor
+    op: str,
+    values: Tensor,
+    gates: Tensor,
+    step: Step,
+    ring: TokenRing,
+    ape: Tensor,
+    norm: Tensor,
+    frequencies: Tensor | None = None,
 ) -> None:
     """Raise unless the tensors fit one another."""
     device = ring.rows.device
@@ -124,9 +144,27 @@ def check_pooling(
     check_tensor(op, "gates", gates, dtype=torch.float32, shape=tokens, device=device)
     size = (len(ring.rows), channels // dim * ratio, 2, channels)
     check_tensor(op, "ring", ring.rows, dtype=torch.float32, shape=size)
+    if frequencies is None:
+        return
     check_tensor(op, "frequencies", frequencies, dtype=torch.float32, shape=("R / 2",), device=device)
     if not 1 <= len(frequencies) <= dim // 2:
         raise ValueError(f"{op}: frequencies must be those of 2 to {dim} dims, got {2 * len(frequencies)}")
+
+
+def _pooled_latents(
+    values: Tensor,
+    gates: Tensor,
+    step: Step,
+    ring: TokenRing,
+    ape: Tensor,
+    norm: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    chunk = torch.stack((values, gates + ape.float()[step.positions % len(ape)]), dim=1)
+    pooled = _pool(ring.with_chunk(step, chunk), step, ring, len(ape), len(norm))
+    ring.update(step, chunk)
+    return _rms_norm(pooled.to(dtype), norm, eps)
 
 
 def _pool(tokens: Tensor, step: Step, ring: TokenRing, ratio: int, dim: int) -> Tensor:

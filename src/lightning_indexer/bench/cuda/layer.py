@@ -182,7 +182,7 @@ def stages(decode: Decode) -> dict[str, Callable[[], object]]:
         "window KV": lambda: block.window_kv(x, step, cache.kv_format),
         "compressor + append": lambda: compressor.write(x, cache, "kv"),
         "indexer query": lambda: indexer.query(c_Q, x, step.positions, format),
-        "indexer compressor + append": lambda: indexer.compressor.write(x, cache, "index"),
+        "indexer compressor + append": lambda: indexer.write_keys(x, cache),
         "score_topk": choose,
         "window rows": window,
         "gather_kv": lambda: gather_kv(kv_view, indices, seq_ids=step.seq_ids),
