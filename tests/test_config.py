@@ -336,6 +336,7 @@ def test_v41_roles_and_whose_entries_a_layer_reads() -> None:
     }
     want = {2: (2, 2), 7: (2, 2), 8: (8, 8), 19: (14, 14), 20: (20, 20), 23: (20, 20), 24: (20, 24), 31: (20, 28)}
     assert got == want | {39: (20, 36)}
+    assert [c.layer_source(layer) for layer in (1, 2, 3, 20, 21, 24, 25, 39)] == [None, None, 2, None, 20, 20, 24, 36]
     assert [layer for layer in range(40) if c.layer_chooses_among_candidates(layer)] == [24, 28, 32, 36]
     with pytest.raises(ValueError, match="layer 1 is SWA and attends to no compressed entries"):
         c.layer_kv_source(1)
@@ -354,6 +355,7 @@ def test_v4_layers_read_their_own_entries() -> None:
     assert not config.is_v41
     assert [config.layer_role(layer) for layer in (1, 2, 3)] == [None, "full", None]
     assert [config.layer_kv_source(layer) for layer in (2, 3, 42)] == [2, 3, 42]
+    assert not any(config.layer_source(layer) for layer in range(43))
     assert not any(config.layer_chooses_among_candidates(layer) for layer in range(43))
 
 

@@ -55,9 +55,9 @@ def make_caches(config: DSV4Config = CONFIG, **options) -> list[LayerCacheHandle
     options = {"index_format": "fp32", "kv_format": "fp32", **options}
     caches: list[LayerCacheHandle] = []
     for layer in range(config.num_hidden_layers):
-        wanted = {"reindex": config.layer_kv_source, "reuse": config.layer_index_source}.get(config.layer_role(layer))
-        source = caches[wanted(layer)] if wanted else None
-        caches.append(LayerCacheHandle(config, layer, source=source, **options))
+        source = config.layer_source(layer)
+        handle = LayerCacheHandle(config, layer, source=None if source is None else caches[source], **options)
+        caches.append(handle)
         for seq_id in range(options["max_seqs"]):
             caches[-1].alloc(seq_id)
     return caches

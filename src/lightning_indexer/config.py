@@ -242,6 +242,12 @@ class DSV4Config:
         """The layer whose selection this one attends to: in V4 itself. `ValueError` for SWA."""
         return self._layer_source(layer, self.index_source_layer_ids)
 
+    def layer_source(self, layer: int) -> int | None:
+        """The layer that this one reads: a reindex layer its full layer, a reuse layer that which chose; else None."""
+        sources = {"reindex": self.layer_kv_source, "reuse": self.layer_index_source}
+        find = sources.get(self.layer_role(layer) or "")
+        return find(layer) if find else None
+
     def layer_chooses_among_candidates(self, layer: int) -> bool:
         """Whether a layer's selection is restricted to what the candidate source left."""
         source = self.candidate_source_layer_id

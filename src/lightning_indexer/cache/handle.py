@@ -40,8 +40,7 @@ class LayerCacheHandle:
         max_blocks_per_seq: columns of the block tables. Default: what the longest context needs, or all blocks.
         dtype: of the hidden states, and of the window.
         device: where all of it lies, and where the hidden states have to be.
-        source: V4.1 alone: the handle of the full layer that a reindex layer reads, or of the layer whose choice a
-            reuse layer attends to.
+        source: the handle of layer `config.layer_source(layer)`, where there is such a layer.
         keep_selection: hold on to what the layer chose in a step, in `selected`, until the next step begins. In V4.1 a
             layer that chooses does so anyway.
     """
@@ -268,12 +267,11 @@ class LayerCacheHandle:
 
 def _check_source(config: DSV4Config, layer: int, source: LayerCacheHandle | None) -> None:
     """Raise unless `source` is the handle of the layer that this one reads, or None where it reads its own."""
-    role = config.layer_role(layer)
-    if role not in ("reindex", "reuse"):
+    wanted = config.layer_source(layer)
+    if wanted is None:
         if source is not None:
             raise ValueError(f"LayerCacheHandle: layer {layer} reads its own entries, source must be left out")
         return
-    wanted = config.layer_kv_source(layer) if role == "reindex" else config.layer_index_source(layer)
     if source is None or source.layer != wanted or source.config != config:
         got = "none" if source is None else f"one of layer {source.layer}"
         raise ValueError(f"LayerCacheHandle: source of layer {layer} must be the handle of layer {wanted}, got {got}")
