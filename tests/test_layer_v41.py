@@ -404,6 +404,7 @@ def test_tensors_of_each_role(layer: int, names: set[str] | None) -> None:
 
 def test_more_entries_than_candidates_are_refused_before_the_layer_writes() -> None:
     config = v41_config(candidate_topk_blocks=2)  # 16 entries: tokens 0..15 at ratio 1
+    assert [layer for layer in range(8) if config.layer_chooses_among_candidates(layer)] == [REINDEX], "not layer 3"
     blocks, caches, x = make_blocks(config), make_caches(config), hidden_states()
     got = run(blocks, caches, x[:16], [11, 5])
     assert worst_error(got, definition(x[:16])[0]) < BOUND, "where all entries are candidates nothing changes"
@@ -470,12 +471,34 @@ def reindex_layer_with_latents() -> None:
     indexer(torch.randn(3, 32), torch.randn(3, 64), caches[REINDEX], latents=torch.randn(3, 64))
 
 
+def step_in_another_order() -> None:
+    caches = make_caches()
+    caches[FULL].begin_step([0, 1], [2, 2])
+    caches[FULL + 1].begin_step([1, 0], [2, 2])
+
+
+def step_twice() -> None:
+    caches = make_caches()
+    step_all(caches)
+    caches[FULL + 1].begin_step([0], [3])
+
+
 MISUSE: dict[str, tuple[Callable, type[Exception], str]] = {
     "reuse-first": (reuse_before_its_source, RuntimeError, "layer 6, whose choice layer 7 attends to, must run first"),
     "step-before-its-source": (
         lambda: make_caches()[REINDEX].begin_step([0], [3]),
         ValueError,
-        "layer 4, which layer 6 reads, must have begun this step with 3 tokens of sequence 0, got 0",
+        r"layer 4, which layer 6 reads, must begin the same step first, \[3\] tokens of \[0\], up to \[3\]; got",
+    ),
+    "step-in-another-order": (
+        step_in_another_order,
+        ValueError,
+        r"layer 1, which layer 2 reads, must begin the same step .* got \(\(0, 1\), \(2, 2\)\), up to \[2, 2\]",
+    ),
+    "step-twice": (
+        step_twice,
+        ValueError,
+        r"layer 1, which layer 2 reads, must begin the same step .*, up to \[6\]; got .*, up to \[3\]",
     ),
     "other-layers-cache": (
         reindex_with_another_layers_cache,

@@ -78,6 +78,7 @@ class LayerCacheHandle:
         self._device = torch.device(device)
         self._max_seqs = max_seqs
         self._num_tokens: dict[int, int] = {}
+        self._announced: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # seq_ids and num_tokens of the step
         self._slots: dict[str, Tensor] = {}
         self._static: dict[tuple[int, ...], StepBuffer] = {}
 
@@ -174,7 +175,7 @@ class LayerCacheHandle:
                 raise ValueError(f"begin_step: num_tokens of sequence {seq_id} must not be negative, got {count}")
         starts = [self._num_tokens[seq_id] for seq_id in seq_ids]
         ends = [start + count for start, count in zip(starts, num_tokens, strict=True)]
-        self._check_source_is_ahead(seq_ids, ends)
+        self._check_source_is_ahead(seq_ids, num_tokens, ends)
         completed = [self._entries(end) - self._entries(start) for start, end in zip(starts, ends, strict=True)]
         for pool in self._pools().values():
             pool.check_extend(seq_ids, completed)
@@ -183,6 +184,7 @@ class LayerCacheHandle:
         # all pools hold the same entries, allocated in the same order, but may give them different slots
         buffer.write(seq_ids, starts, {name: pool.reserve(seq_ids, completed) for name, pool in self._pools().items()})
         self._num_tokens.update(zip(seq_ids, ends, strict=True))
+        self._announced = (tuple(seq_ids), tuple(num_tokens))
         self.step, self._slots, self.selected = buffer.step, buffer.slots, None
         return self.step
 
@@ -256,13 +258,17 @@ class LayerCacheHandle:
         if seq_id not in self._num_tokens:
             raise ValueError(f"LayerCacheHandle: sequence {seq_id} is not allocated, have {sorted(self._num_tokens)}")
 
-    def _check_source_is_ahead(self, seq_ids: Sequence[int], ends: Sequence[int]) -> None:
-        for seq_id, end in zip(seq_ids, ends, strict=True):
-            if self.source is not None and self.source._num_tokens.get(seq_id) != end:
-                raise ValueError(
-                    f"begin_step: layer {self.source.layer}, which layer {self.layer} reads, must have begun this step "
-                    f"with {end} tokens of sequence {seq_id}, got {self.source._num_tokens.get(seq_id)}"
-                )
+    def _check_source_is_ahead(self, seq_ids: Sequence[int], num_tokens: Sequence[int], ends: Sequence[int]) -> None:
+        """Its rows and this layer's must be those of the same tokens."""
+        source = self.source
+        if source is None:
+            return
+        lengths = [source._num_tokens.get(seq_id) for seq_id in seq_ids]
+        if source._announced != (tuple(seq_ids), tuple(num_tokens)) or lengths != ends:
+            raise ValueError(
+                f"begin_step: layer {source.layer}, which layer {self.layer} reads, must begin the same step first, "
+                f"{num_tokens} tokens of {seq_ids}, up to {ends}; got {source._announced}, up to {lengths}"
+            )
 
 
 def _check_source(config: DSV4Config, layer: int, source: LayerCacheHandle | None) -> None:

@@ -16,7 +16,7 @@ def visible_entries(positions: Tensor, compress_ratio: int) -> Tensor:
 
     Args:
         positions: int32 or int64, any shape, 0-based. -1 (no token) sees nothing.
-        compress_ratio: tokens per entry, 4 for CSA and 128 for HCA.
+        compress_ratio: tokens per entry, 4 for CSA and 128 for HCA; 1 or 2 in V4.1, 1 for keys of single tokens.
     Returns:
         int32, same shape.
     """
