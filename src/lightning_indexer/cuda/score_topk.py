@@ -114,7 +114,7 @@ _FEW_QUERIES = 1  # `Workspace` of kernels/work.cuh has the same
 
 _RUN_ENTRIES = 8  # `Lists` of kernels/work.cuh has the same
 _MOST_LISTED_GROUPS = (4, 3)  # warpgroups, up to 64 heads and beyond: what their registers leave room for
-_LISTED_RINGS = ((1, 4), (1, 2))  # as `_rings`
+_LISTED_RINGS = ((1, 4), (1, 2))  # halves of a tile, which a list has one of, and tiles under way
 
 
 @dataclass(frozen=True)
