@@ -126,7 +126,7 @@ def _from_dense(
     from lightning_indexer.cuda.score_topk import index_scores
 
     (num_tokens, num_blocks), width = out.shape, view.max_entries
-    if width == 0:
+    if width == 0 or num_tokens == 0:
         out.fill_(-1)
         return
     each = min(max(_DENSE_BYTES // (4 * width + 8 * num_blocks), 1), num_tokens)
