@@ -519,6 +519,10 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
         V41_TINY | {"candidate_source_layer_id": 1},
         "candidate_source_layer_id must be followed by index sources with the same index keys alone, got 1",
     ),
+    "v41-candidate-blocks-of-4": (
+        V41_TINY | {"candidate_source_layer_id": 3, "candidate_block_size": 4},
+        "candidate_block_size must be 8 or 16, got 4",
+    ),
     "v41-no-candidate-blocks": (V41_TINY | {"candidate_topk_blocks": 0}, "candidate_topk_blocks must be a positive"),
     "v4-with-sources": (
         {"kv_source_layer_ids": (2,)},

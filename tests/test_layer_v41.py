@@ -13,7 +13,16 @@ import torch
 from test_layer import CSA, exact, make_block, random_weights, tiny_config
 from torch import Tensor
 
-from lightning_indexer import AttentionSubBlock, Compressor, CSAIndexer, DSV4Config, LayerCacheHandle, reference
+from lightning_indexer import (
+    AttentionSubBlock,
+    Compressor,
+    CSAIndexer,
+    DSV4Config,
+    LayerCacheHandle,
+    index_scores,
+    reference,
+    select_candidates,
+)
 from lightning_indexer.checkpoint import expected_shapes
 from lightning_indexer.nn import compressor, csa_indexer
 from lightning_indexer.nn.linear import WeightsNotLoaded
@@ -108,9 +117,17 @@ def latents_of(x: Tensor, w: dict[str, Tensor], ratio: int) -> Tensor:
     return rms(torch.stack(rows) if rows else values[:0], w["compressor.norm.weight"])
 
 
+def in_best_blocks(scores: list[float], count: int, size: int) -> list[int]:
+    """The entries of the newest block and of those of the largest scores, `count` blocks in all."""
+    entries = list(range(len(scores)))
+    blocks = [entries[first : first + size] for first in range(0, len(scores), size)]
+    older = sorted(blocks[:-1], key=lambda block: -max(scores[s] for s in block))
+    return [s for block in (blocks[-1:] + older)[:count] for s in block]
+
+
 def definition(x: Tensor, config: DSV4Config = CONFIG) -> tuple[list[Tensor], dict[int, list[list[int]]]]:
     """Every layer's output in float64, and what each index source chose for each token."""
-    x, outputs, entries, keys, chosen = x.double(), [], {}, {}, {}
+    x, outputs, entries, keys, chosen, candidates = x.double(), [], {}, {}, {}, []
     positions = torch.arange(len(x))
     for layer in range(config.num_hidden_layers):
         w = {name: tensor.double() for name, tensor in random_weights(config, layer, seed=layer).items()}
@@ -129,10 +146,18 @@ def definition(x: Tensor, config: DSV4Config = CONFIG) -> tuple[list[Tensor], di
             weights = x @ w["indexer.weights_proj.weight"].T
             dots = (rotate(q_I, positions, f) @ keys.T).clamp_min(0)  # [T, H, S]
             scores = torch.einsum("ths,th->ts", dots, weights)
+            visible = [scores[t, : (t + 1) // ratio].tolist() for t in range(len(x))]
+            listed = [list(range(len(row))) for row in visible]
+            if config.candidate_source_layer_id is not None and layer > config.candidate_source_layer_id:
+                listed = candidates
             chosen[layer] = [
-                sorted(scores[t, : (t + 1) // ratio].argsort(descending=True, stable=True)[: config.csa_top_k].tolist())
-                for t in range(len(x))
+                sorted(sorted(choice, key=lambda s, row=row: -row[s])[: config.csa_top_k])
+                for row, choice in zip(visible, listed, strict=True)
             ]
+            if layer == config.candidate_source_layer_id:
+                candidates = [
+                    in_best_blocks(row, config.candidate_topk_blocks, config.candidate_block_size) for row in visible
+                ]
         heads = []
         for t in range(len(x)):
             rows = window[max(0, t + 1 - config.sliding_window) : t + 1]
@@ -152,8 +177,8 @@ def hidden_states() -> Tensor:
 
 
 @functools.cache
-def definition_of_all() -> tuple[list[Tensor], dict[int, list[list[int]]]]:
-    return definition(hidden_states())
+def definition_of_all(config: DSV4Config = CONFIG) -> tuple[list[Tensor], dict[int, list[list[int]]]]:
+    return definition(hidden_states(), config)
 
 
 def worst_error(got: list[Tensor], want: list[Tensor]) -> float:
@@ -402,23 +427,113 @@ def test_tensors_of_each_role(layer: int, names: set[str] | None) -> None:
 # --- candidates -----------------------------------------------------------------------------------------------
 
 
-def test_more_entries_than_candidates_are_refused_before_the_layer_writes() -> None:
-    config = v41_config(candidate_topk_blocks=2)  # 16 entries: tokens 0..15 at ratio 1
-    assert [layer for layer in range(8) if config.layer_chooses_among_candidates(layer)] == [REINDEX], "not layer 3"
-    blocks, caches, x = make_blocks(config), make_caches(config), hidden_states()
-    got = run(blocks, caches, x[:16], [11, 5])
-    assert worst_error(got, definition(x[:16])[0]) < BOUND, "where all entries are candidates nothing changes"
-    for layer in range(REINDEX):
-        caches[layer].begin_step([0], [1])
-        blocks[layer](x[16:17], caches[layer])
-    caches[REINDEX].begin_step([0], [1])
+# Configs whose candidates are few: 3 of 8 blocks of 8 entries, 2 of 4 blocks of 16, and those of a reindex layer
+ALONE = {"compress_ratios": (0, *[1] * 8), "kv_source_layer_ids": (1,), "candidate_source_layer_id": 3}
+RESTRICTED = {
+    "blocks-of-8": v41_config(candidate_topk_blocks=3),
+    "blocks-of-16": v41_config(candidate_topk_blocks=2, candidate_block_size=16),
+    "of-a-reindex-layer": v41_config(candidate_topk_blocks=3, **ALONE),
+}
+FEW = RESTRICTED["blocks-of-8"]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", RESTRICTED)
+def test_layers_choose_among_candidates_as_the_definition_does(name: str, sizes: str) -> None:
+    config, x = RESTRICTED[name], hidden_states()
+    got, (want, chosen) = run(make_blocks(config), make_caches(config), x, SIZES[sizes]), definition_of_all(config)
+    assert worst_error(got, want) < BOUND, f"worst relative error {worst_error(got, want):.1e}"
+    freely = definition_of_all(replace(config, candidate_topk_blocks=16))[1]
+    restricted = [layer for layer in chosen if chosen[layer][-1] != freely[layer][-1]]
+    assert restricted == {"of-a-reindex-layer": [4, 6]}.get(name, [REINDEX]), "not the source, nor layers before it"
+
+
+def without_candidates(right: Callable) -> Callable:
+    return lambda *args, candidates, **options: right(*args, **options)
+
+
+def candidates_of_own_queries(right: Callable) -> Callable:
+    def chosen(*args, candidates, candidate_entries, valid_lens, seq_ids, **options):
+        rows = {"valid_lens": valid_lens, "seq_ids": seq_ids}
+        if candidates is not None:
+            count = candidates.shape[1]
+            candidates = select_candidates(*args, num_blocks=count, block_entries=candidate_entries, **rows)
+        return right(*args, candidates=candidates, candidate_entries=candidate_entries, **rows, **options)
+
+    return chosen
+
+
+def without_the_newest(right: Callable) -> Callable:
+    def best(*args, num_blocks, block_entries, **rows):
+        dense = index_scores(*args, **rows)
+        dense = torch.nn.functional.pad(dense, (0, -dense.shape[1] % block_entries), value=-torch.inf)
+        scores = dense.unflatten(1, (-1, block_entries)).amax(-1)
+        top = scores.topk(min(num_blocks, scores.shape[1]), dim=1)
+        none = torch.iinfo(torch.int32).max
+        ids = top.indices.int().masked_fill(top.values == -torch.inf, none).sort(dim=1).values
+        return ids.masked_fill(ids == none, -1)
+
+    return best
+
+
+def of_the_token_before(right: Callable) -> Callable:
+    return lambda *args, **options: right(*args, **options).roll(1, 0)
+
+
+WRONG_CANDIDATES: dict[str, tuple[str, Callable]] = {
+    "unrestricted": ("score_topk", without_candidates),
+    "of-own-queries": ("score_topk", candidates_of_own_queries),
+    "without-the-newest": ("select_candidates", without_the_newest),
+    "of-the-token-before": ("select_candidates", of_the_token_before),
+}
+
+
+@pytest.mark.parametrize("sizes", ["prefill", "chunks"])
+@pytest.mark.parametrize("name", WRONG_CANDIDATES)
+def test_wrong_candidates_are_rejected(name: str, sizes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attribute, change = WRONG_CANDIDATES[name]
+    monkeypatch.setattr(csa_indexer, attribute, change(getattr(csa_indexer, attribute)))
+    got = run(make_blocks(FEW), make_caches(FEW), hidden_states(), SIZES[sizes])
+    error = worst_error(got, definition_of_all(FEW)[0])
+    assert error > 100 * BOUND, f"{name} goes unnoticed: error {error:.1e}"
+
+
+def test_static_steps_choose_among_candidates_from_the_first_token_on() -> None:
+    """Their width may exceed the candidates at any time, and where all entries are candidates nothing changes."""
+    blocks, x, caches = make_blocks(FEW), hidden_states(), make_caches(FEW, max_blocks_per_seq=4)
+    got: list[list[Tensor]] = [[] for _ in blocks]
+    for part in x.split(1):
+        for block, cache, kept in zip(blocks, caches, got, strict=True):
+            cache.begin_step([0], [1], static=True)
+            kept.append(block(part, cache))
+            part = part + kept[-1]
+        assert caches[FULL_1].candidates.shape == (1, 3)
+    assert worst_error([torch.cat(parts) for parts in got], definition_of_all(FEW)[0]) < BOUND
+
+
+def test_where_all_entries_are_candidates_none_are_chosen() -> None:
+    blocks, caches, x = make_blocks(FEW), make_caches(FEW), hidden_states()
+    run(blocks, caches, x[:24], [19, 5])
+    assert all(cache.candidates is None for cache in caches)
+    run(blocks, caches, x[24:25], [1])
+    held = [layer for layer, cache in enumerate(caches) if cache.candidates is not None]
+    assert held == [FULL_1], "beside the index keys"
+    caches[FULL_1].begin_step([0], [1])
+    assert caches[FULL_1].candidates is None, "candidates belong to their step"
+
+
+def test_candidates_that_are_not_there_are_missed_before_the_layer_writes() -> None:
+    """Their source was given indices and chose nothing."""
+    blocks, caches, x = make_blocks(FEW), make_caches(FEW), hidden_states()
+    run(blocks, caches, x[:24], [24])
+    for cache in caches:
+        cache.begin_step([0], [1])
+    blocks[FULL_1](x[24:25], caches[FULL_1], indices=torch.zeros(1, 1, dtype=torch.int32))
     before = caches[REINDEX].window.rows.clone()
-    message = (
-        "layer 6 chooses among the candidates of layer 4, which is not implemented .* more than 16 entries, got 17"
-    )
-    with pytest.raises(NotImplementedError, match=message):
-        blocks[REINDEX](x[16:17], caches[REINDEX])
-    assert torch.equal(caches[REINDEX].window.rows, before)
+    message = "layer 4, among whose candidates layer 6 chooses, must choose first in this step"
+    with pytest.raises(RuntimeError, match=f"^CSAIndexer: {message}$"):
+        blocks[REINDEX](x[24:25], caches[REINDEX])
+    assert torch.equal(caches[REINDEX].window.rows, before) and caches[REINDEX].selected is None
 
 
 # --- sharing: what goes wrong ---------------------------------------------------------------------------------

@@ -14,12 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_layer import CSA, HCA, INDEX_FORMATS, SWA, make_block, make_cache, nvfp4_weights, tiny_config
 from test_layer_v41 import CONFIG as V41_CONFIG
+from test_layer_v41 import FEW as V41_FEW_CANDIDATES
 from test_layer_v41 import make_blocks as make_v41_blocks
 from test_layer_v41 import make_caches as make_v41_caches
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_indexer import AttentionSubBlock, Fp8BlockLinear, LayerCacheHandle, Nvfp4Linear, OutOfBlocks
+from lightning_indexer import (
+    AttentionSubBlock,
+    DSV4Config,
+    Fp8BlockLinear,
+    LayerCacheHandle,
+    Nvfp4Linear,
+    OutOfBlocks,
+)
 from lightning_indexer.cache.step import Step
 from lightning_indexer.nn.linear import Linear
 
@@ -86,11 +94,11 @@ class Recorder(TorchDispatchMode):
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     """Makes "meta" a device that the kernels serve."""
     mode = Recorder()
-    for op in ("append", "compress", "gather_kv", "score_topk", "attention"):
+    for op in ("append", "compress", "gather_kv", "score_topk", "select_candidates", "attention"):
         monkeypatch.setattr(f"lightning_indexer.ops.{op}.choose_impl", lambda *_args, **_options: "cuda")
     monkeypatch.setattr("lightning_indexer.ops.indexer_query.choose_impl", lambda *_args, **_options: "reference")
-    kernels = ("append.append_entries", "compress.compress_entries", "gather.gather_kv", "score_topk.score_topk")
-    for kernel in kernels:
+    kernels = ("append.append_entries", "compress.compress_entries", "gather.gather_kv")
+    for kernel in (*kernels, "score_topk.score_topk", "score_topk.index_scores"):
         monkeypatch.setattr(f"lightning_indexer.cuda.{kernel}", lambda *args, **options: mode.note(args, options))
     yield mode
 
@@ -169,21 +177,26 @@ def test_a_step_asks_for_nothing(layer: int, counts: list[int], recorder: Record
     check_steps(*on_meta(layer), counts, recorder)
 
 
-def test_a_step_of_v41_layers_asks_for_nothing(recorder: Recorder) -> None:
+@pytest.mark.parametrize("config", [V41_CONFIG, V41_FEW_CANDIDATES], ids=["all-candidates", "few-candidates"])
+def test_a_step_of_v41_layers_asks_for_nothing(config: DSV4Config, recorder: Recorder) -> None:
     """All roles, one after another, replayable as one program."""
     options = {"index_format": "mxfp4", "kv_format": "bf16", "dtype": torch.bfloat16, "max_blocks_per_seq": 4}
-    blocks, caches = [block.to(META) for block in make_v41_blocks()], make_v41_caches(device=META, **options)
+    blocks = [block.to(META) for block in make_v41_blocks(config)]
+    caches = make_v41_caches(config, device=META, **options)
     programs = []
-    for count, is_static in ((7, False), (1, True), (3, False), (1, True)):
+    for count, is_static in ((7, False), (1, True), (31, False), (0, True), (1, True)):
         for cache in caches:
             cache.begin_step([0, 2], [count, count], static=is_static)
-        x = torch.empty(2 * count, V41_CONFIG.hidden_size, dtype=torch.bfloat16, device=META)
+        x = torch.empty(2 * count, config.hidden_size, dtype=torch.bfloat16, device=META)
         recorder.program.clear()
         with recorder if programs or is_static else nullcontext():  # the first puts constants on the device
             for block, cache in zip(blocks, caches, strict=True):
                 x = x + block(x, cache)
         programs.append(list(recorder.program))
-    assert len(programs[1]) > 100 and programs[1] == programs[3]
+    assert len(programs[1]) > 100 and programs[1] == programs[4]
+    chooses = ["topk" in " ".join(program) for program in programs[1:]]
+    restricts = config is V41_FEW_CANDIDATES
+    assert chooses == [restricts, restricts, False, restricts], "candidates, but for no tokens"
 
 
 def check_steps(block: AttentionSubBlock, cache: LayerCacheHandle, counts: list[int], recorder: Recorder) -> None:

@@ -80,7 +80,8 @@ class DSV4Config:
             index keys, and have their ratio.
         index_source_layer_ids: V4.1's full and reindex layers, ascending.
         candidate_source_layer_id: an index source. Those after it choose among the entries of the
-            `candidate_topk_blocks` blocks of `candidate_block_size` entries that score best in it. None: no such layer.
+            `candidate_topk_blocks` blocks of `candidate_block_size` entries (8 or 16) that score best in it. None: no
+            such layer.
     """
 
     hidden_size: int
@@ -344,6 +345,8 @@ class DSV4Config:
         later = [layer for layer in self.index_source_layer_ids if layer > source]
         if any(self.layer_kv_source(layer) != self.layer_kv_source(source) for layer in later):
             _fail("candidate_source_layer_id", "followed by index sources with the same index keys alone", source)
+        if self.candidate_block_size not in (8, 16):
+            _fail("candidate_block_size", "8 or 16", self.candidate_block_size)
 
     def _check_rope(self) -> None:
         if self.yarn_factor < 1:

@@ -1,5 +1,7 @@
 """DeepSeek-V4.1's layers, and keys of single tokens, on a GPU: at the models' own sizes and longest contexts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import assert_same_bits
@@ -7,7 +9,15 @@ from engines import ENGINES, Engine, promised_error
 from test_layer import make_block
 from test_layer_v41 import BOUND, make_caches, v41_config
 
-from lightning_indexer import AttentionSubBlock, CacheSchema, IndexerView, PagedPool, append_entries, quantize_query
+from lightning_indexer import (
+    AttentionSubBlock,
+    CacheSchema,
+    DSV4Config,
+    IndexerView,
+    PagedPool,
+    append_entries,
+    quantize_query,
+)
 from lightning_indexer.formats import dequantize
 from lightning_indexer.rotary import apply_rope, rope_frequencies
 
@@ -17,6 +27,7 @@ DEVICE = "cuda"
 # The model's dims, which the kernels serve; few heads and layers. All entries are chosen where devices are compared: a
 # near-tie in a choice of few may fall either way.
 CONFIG = v41_config(head_dim=512, rope_head_dim=64, indexer_head_dim=128)
+FEW_CANDIDATES = replace(CONFIG, candidate_topk_blocks=2)  # of 8 entries
 ALL_CHOSEN = v41_config(head_dim=512, rope_head_dim=64, indexer_head_dim=128, csa_top_k=128)
 
 
@@ -56,12 +67,16 @@ def test_v41_layers_give_what_they_give_on_the_cpu(index_format: str) -> None:
         assert error.max() < 2 * BOUND, f"layer {layer}: {error.max():.1e} at token {int(error.argmax())}"
 
 
+CANDIDATES = pytest.mark.parametrize("config", [CONFIG, FEW_CANDIDATES], ids=["all-candidates", "few-candidates"])
+
+
+@CANDIDATES
 @pytest.mark.parametrize("index_format", ["mxfp4", "fp8", "bf16"])
-def test_one_graph_of_all_v41_layers_serves_all_decode_steps(index_format: str) -> None:
+def test_one_graph_of_all_v41_layers_serves_all_decode_steps(index_format: str, config: DSV4Config) -> None:
     """Against eager calls, bit for bit: full, reindex and reuse layers, across entries and blocks."""
     options = {"index_format": index_format, "kv_format": "bf16", "dtype": torch.bfloat16, "max_blocks_per_seq": 4}
-    blocks = make_blocks(CONFIG, DEVICE)
-    replayed, eager = (make_caches(CONFIG, device=DEVICE, **options) for _ in range(2))
+    blocks = make_blocks(config, DEVICE)
+    replayed, eager = (make_caches(config, device=DEVICE, **options) for _ in range(2))
 
     def begin(caches, counts: list[int], static: bool) -> None:
         for cache in caches:
@@ -72,11 +87,11 @@ def test_one_graph_of_all_v41_layers_serves_all_decode_steps(index_format: str) 
             x = x + block(x, cache)
         return x
 
-    prompt = torch.randn(33, CONFIG.hidden_size).to(DEVICE).bfloat16()
+    prompt = torch.randn(33, config.hidden_size).to(DEVICE).bfloat16()
     for caches in (replayed, eager):
         begin(caches, [14, 19], static=False)
         run(caches, prompt)
-    x = torch.empty(2, CONFIG.hidden_size, dtype=torch.bfloat16, device=DEVICE)
+    x = torch.empty(2, config.hidden_size, dtype=torch.bfloat16, device=DEVICE)
     graph, out = None, None
     for step in range(40):
         x.normal_()
@@ -93,14 +108,15 @@ def test_one_graph_of_all_v41_layers_serves_all_decode_steps(index_format: str) 
         assert torch.equal(out, want), f"step {step}: worst difference {(out - want).abs().max():.1e}"
 
 
-def test_v41_layers_do_not_wait_for_the_device() -> None:
+@CANDIDATES
+def test_v41_layers_do_not_wait_for_the_device(config: DSV4Config) -> None:
     options = {"index_format": "mxfp4", "kv_format": "bf16", "dtype": torch.bfloat16, "device": DEVICE}
-    blocks, caches = make_blocks(CONFIG, DEVICE), make_caches(CONFIG, **options)
+    blocks, caches = make_blocks(config, DEVICE), make_caches(config, **options)
     steps = [([0, 1], [9, 20])] + [([0, 2], [1, 1])] * 4
-    xs = [torch.randn(sum(counts), CONFIG.hidden_size).to(DEVICE).bfloat16() for _, counts in steps]
+    xs = [torch.randn(sum(counts), config.hidden_size).to(DEVICE).bfloat16() for _, counts in steps]
     for block, cache in zip(blocks, caches, strict=True):  # the first puts constants on the device
-        cache.begin_step([0], [3])
-        block(xs[0][:3], cache)
+        cache.begin_step([0], [17])
+        block(xs[0][:17], cache)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -73,6 +73,7 @@ class LayerCacheHandle:
         self.kv_format = kv_format
         self.source = source
         self.selected: Tensor | None = None  # int32 [T, n] of the step in progress, where it is kept
+        self.candidates: Tensor | None = None  # int32 [T, candidate_topk_blocks] of the step, beside the index keys
         self.keep_selection = keep_selection or (config.is_v41 and self.role in ("full", "reindex"))
         self.step: Step | None = None
         self._device = torch.device(device)
@@ -185,7 +186,8 @@ class LayerCacheHandle:
         buffer.write(seq_ids, starts, {name: pool.reserve(seq_ids, completed) for name, pool in self._pools().items()})
         self._num_tokens.update(zip(seq_ids, ends, strict=True))
         self._announced = (tuple(seq_ids), tuple(num_tokens))
-        self.step, self._slots, self.selected = buffer.step, buffer.slots, None
+        self.step, self._slots = buffer.step, buffer.slots
+        self.selected = self.candidates = None
         return self.step
 
     def append(self, entries: Tensor, kind: Literal["index", "kv"]) -> None:

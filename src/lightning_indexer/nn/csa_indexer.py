@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lightning_indexer.cache.handle import LayerCacheHandle
-from lightning_indexer.cache.step import Step
 from lightning_indexer.checks import check_tensor
 from lightning_indexer.config import DSV4Config
 from lightning_indexer.formats import QUERY_FORMATS
@@ -16,6 +15,7 @@ from lightning_indexer.nn.norm import rms_norm
 from lightning_indexer.nn.rope import LayerFrequencies
 from lightning_indexer.ops.indexer_query import indexer_query
 from lightning_indexer.ops.score_topk import score_topk
+from lightning_indexer.ops.select_candidates import select_candidates
 from lightning_indexer.query import QuantizedQuery
 from lightning_indexer.rotary import apply_rope
 
@@ -30,7 +30,8 @@ class CSAIndexer(LoadedModule):
 
     In V4.1, K = RoPE(RMSNorm(W_k latent)) of the latents that the layer's KV entries are made from, without Hadamard
     rotation: a full layer owns W_k (`wk`) and the norm's weight (`k_norm`) instead of a compressor, and a reindex layer
-    reads the index keys of another layer.
+    reads the index keys of another layer. The candidate source also chooses blocks of entries, with its own queries:
+    the layers that choose after it, in the same step, choose among these.
 
     Args:
         config: geometry.
@@ -87,8 +88,7 @@ class CSAIndexer(LoadedModule):
         Returns:
             int32 [T, csa_top_k], ascending, -1 where a token sees fewer entries.
         Raises:
-            NotImplementedError: a reindex layer of V4.1 behind the candidate source, in a step in which a token may
-                see more entries than there are candidates.
+            RuntimeError: the candidates of this step are not there. Nothing was written.
         """
         step = cache.require_step()
         floats = (torch.bfloat16, torch.float32, torch.float16)
@@ -100,9 +100,11 @@ class CSAIndexer(LoadedModule):
                 f"CSAIndexer: cache must be that of a CSA layer with index keys of {self.head_dim} dims, "
                 f"got kind {cache.kind}" + ("" if cache.kind != "CSA" else f", {cache.paged.schema.dim} dims")
             )
-        self._check_candidates(step)
+        candidates = self._candidates(cache)
         q, weights = self.query(c_Q, h_t, step.positions, cache.paged.schema.format)
         self.write_keys(h_t, cache, latents=latents)
+        if self.layer == self.config.candidate_source_layer_id and self._restricts(cache):
+            self._choose_candidates(q, weights, cache)
         return score_topk(
             q,
             weights,
@@ -110,6 +112,8 @@ class CSAIndexer(LoadedModule):
             top_k=self.top_k,
             valid_lens=step.valid_lens,
             seq_ids=step.seq_ids,
+            candidates=candidates,
+            candidate_entries=self.config.candidate_block_size,
         )
 
     @torch.no_grad()
@@ -164,13 +168,37 @@ class CSAIndexer(LoadedModule):
         self.wk = wk
         self.put("k_norm", weights["k_norm.weight"])
 
-    def _check_candidates(self, step: Step) -> None:
-        """Where all entries are candidates the restriction changes nothing; elsewhere there is none here yet."""
+    def _candidates(self, cache: LayerCacheHandle) -> Tensor | None:
+        """int32 [T, candidate_topk_blocks]: what this layer may choose from; None for everything."""
         config = self.config
-        most = config.candidate_topk_blocks * config.candidate_block_size
-        if config.layer_chooses_among_candidates(self.layer) and step.max_visible > most:
-            raise NotImplementedError(
-                f"CSAIndexer: layer {self.layer} chooses among the candidates of layer "
-                f"{config.candidate_source_layer_id}, which is not implemented where a token may see more than {most} "
-                f"entries, got {step.max_visible}"
+        if not config.layer_chooses_among_candidates(self.layer) or not self._restricts(cache):
+            return None
+        candidates = _with_keys(cache).candidates
+        if candidates is None:
+            raise RuntimeError(
+                f"CSAIndexer: layer {config.candidate_source_layer_id}, among whose candidates layer {self.layer} "
+                "chooses, must choose first in this step"
             )
+        return candidates
+
+    def _choose_candidates(self, q: Tensor | QuantizedQuery, weights: Tensor, cache: LayerCacheHandle) -> None:
+        step, config = cache.require_step(), self.config
+        _with_keys(cache).candidates = select_candidates(
+            q,
+            weights,
+            cache.read_indexer_view(),
+            valid_lens=step.valid_lens,
+            seq_ids=step.seq_ids,
+            num_blocks=config.candidate_topk_blocks,
+            block_entries=config.candidate_block_size,
+        )
+
+    def _restricts(self, cache: LayerCacheHandle) -> bool:
+        """Whether some token may see more entries than there are candidates: else all are candidates."""
+        most = self.config.candidate_topk_blocks * self.config.candidate_block_size
+        return _with_keys(cache).require_step().max_visible > most
+
+
+def _with_keys(cache: LayerCacheHandle) -> LayerCacheHandle:
+    """The handle of the layer whose index keys are read: where the candidates among them are found."""
+    return cache if cache.source is None else cache.source
