@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import engines_guide  # noqa: F401  registers its steps
 import pytest
+import test_relatives  # noqa: F401  registers its steps
 import torch
 from cases import assert_same_bits
 from guides import PAGES, ROOT, STEPS, all_units, fences, run, steps_of, units

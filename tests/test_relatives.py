@@ -1,4 +1,4 @@
-"""Models with the same score and other keys: what docs/relatives.md shows is run as it stands there.
+"""Models with the same score and other keys: the recipe of docs/relatives.md, and the page's steps (see guides.py).
 
 Oracles for keys of single tokens: plain torch in float64 on the bytes that the recipe wrote, and transformers' indexers
 of DeepSeek-V3.2 and GLM.
@@ -9,12 +9,14 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from cases import decode_rows
+from guides import ROOT, fences, steps_of
 from safetensors.torch import save_file
 from test_config import V41_HUGGING_FACE
 from test_layer import make_block, random_weights, tiny_config
@@ -36,14 +38,9 @@ from lightning_indexer import (
     score_topk,
 )
 
-ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "relatives.md").read_text(encoding="utf-8")
-RECIPE, V41_LAYERS, REUSE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+PAGE, SINGLE_TOKENS = "docs/relatives.md", "Keys of single tokens: DeepSeek-V3.2 and GLM"
+(RECIPE,) = [code for heading, _, code in fences((ROOT / PAGE).read_text(encoding="utf-8")) if heading == SINGLE_TOKENS]
 TOKENS, TOP_K, HEADS, LAST = 2200, 2048, 8, 8
-
-
-def test_every_fence_is_read() -> None:
-    assert PAGE.count("```") == 6
 
 
 # --- keys of single tokens ------------------------------------------------------------------------------------
@@ -70,11 +67,24 @@ def recipe(model: str, *changes: tuple[str, str]) -> dict:
     for old, new in (*changes, *([('"pairs": "halves"', '"pairs": "interleaved"')] if model == "glm" else [])):
         assert text.count(old) == 1, f"{old} stands {text.count(old)} times in the recipe"
         text = text.replace(old, new)
+    names = given(model)
+    exec(compile(text, PAGE, "exec"), names)
+    return names
+
+
+def given(model: str) -> dict:
+    """The names that the recipe needs."""
     torch.manual_seed(5)
     names = {"indexer": make_indexer(model)}
-    names |= {"hidden_states": torch.randn(TOKENS, 64), "q_latent": torch.randn(TOKENS, 32)}
-    exec(compile(text, "docs/relatives.md", "exec"), names)
-    return names
+    return names | {"hidden_states": torch.randn(TOKENS, 64), "q_latent": torch.randn(TOKENS, 32)}
+
+
+@steps_of(PAGE, SINGLE_TOKENS)
+def single_tokens() -> Iterator[dict]:
+    names = given("v32")
+    yield names
+    test_keys_are_those_of_the_model_in_132_bytes(("v32", names))
+    test_selection_is_the_top_k_of_the_float64_scores(("v32", names))
 
 
 def in_float64(names: dict, model: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,9 +186,10 @@ def test_wrong_recipes_are_rejected(name: str) -> None:
 # --- DeepSeek-V4.1 --------------------------------------------------------------------------------------------
 
 
-def test_v41_layers_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@steps_of(PAGE, "DeepSeek-V4.1")
+def v41_layers_from_a_checkpoint() -> Iterator[dict]:
     """The layers that the page makes are those of test_layer_v41, which holds them against a definition."""
-    folder = tmp_path / "DeepSeek-V4.1-Flash"
+    folder = Path.cwd() / "DeepSeek-V4.1-Flash"
     folder.mkdir()
     c = V41_CONFIG
     sizes = {"hidden_size": c.hidden_size, "num_hidden_layers": 8, "num_attention_heads": c.num_heads, "head_dim": 64}
@@ -192,10 +203,9 @@ def test_v41_layers_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monkey
         for name, tensor in random_weights(c, layer, seed=layer).items():
             tensors[f"layers.{layer}.attn.{name}"] = tensor
     save_file(tensors, folder / "model.safetensors")
-    monkeypatch.chdir(tmp_path)
     x = torch.randn(30, c.hidden_size).bfloat16()
     made: dict = {"hidden_states": x}
-    exec(compile(V41_LAYERS, "docs/relatives.md", "exec"), made)
+    yield made
     assert made["config"] == c, dataclasses.asdict(made["config"])
     caches = make_caches(index_format="mxfp4", kv_format="bf16", dtype=torch.bfloat16)
     want = x
@@ -207,7 +217,8 @@ def test_v41_layers_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monkey
 # --- one selection for several layers -------------------------------------------------------------------------
 
 
-def test_the_pattern_on_the_page() -> None:
+@steps_of(PAGE, "One selection for several layers")
+def the_pattern_on_the_page() -> Iterator[dict]:
     config = tiny_config(compress_ratios=(4, 4, 4), num_hidden_layers=3)
     blocks = [make_block(config, layer, seed=layer) for layer in range(3)]
     options = {"max_seqs": 1, "num_blocks": 8, "dtype": torch.float32, "keep_selection": True}
@@ -216,7 +227,7 @@ def test_the_pattern_on_the_page() -> None:
         cache.alloc(0)
     x = torch.randn(150, config.hidden_size)
     names = {"blocks": blocks, "caches": caches, "x": x}
-    exec(compile(REUSE, "docs/relatives.md", "exec"), names)
+    yield names
     assert all(torch.equal(cache.selected, caches[0].selected) for cache in caches)
     assert names["x"].shape == x.shape and (caches[0].selected[-1] >= 0).sum() == config.csa_top_k
 
