@@ -22,7 +22,7 @@ from lightning_indexer.bench.cuda import cases as cuda_cases
 from lightning_indexer.bench.cuda import checks, fused, gpu, layer, peers, plot, screen
 from lightning_indexer.bench.cuda import run as cuda_run
 from lightning_indexer.bench.cuda.cases import AppendCase, GatherCase, Relative, ScoringCase, Target
-from lightning_indexer.bench.cuda.operands import make_append, make_gather, make_scoring, take_queries
+from lightning_indexer.bench.cuda.operands import make_append, make_gather, make_scoring
 from lightning_indexer.bench.peers import peer
 from lightning_indexer.cli import app
 from lightning_indexer.demo.options import DemoError
@@ -147,7 +147,7 @@ def test_what_is_no_entry_agrees_with_nothing():
     operands = make_scoring(case, CPU)
     chosen = cuda_run.public_calls(case, operands).given()[:1]
     length = int(operands.valid_lens[0])
-    arguments = (take_queries(operands.query, slice(0, 1)), operands.weights[:1], operands.view)
+    arguments = (operands.query[:1], operands.weights[:1], operands.view)
     assert compare(*arguments, chosen, num_entries=length).complete
     chosen = torch.where(chosen == chosen.max(), length, chosen)
     assert compare(*arguments, chosen, num_entries=length).agreeing == case.top_k - 1

@@ -83,7 +83,7 @@ def test_links_to_elsewhere_are_listed(tmp_path):
 
 def public_names() -> list[tuple[str, str]]:
     """(module, name), by the rule of the extension that makes references of them."""
-    pytest.importorskip("sphinx")
+    pytest.importorskip("sphinx", reason="needs the extra docs")
     docstrings = load("docstrings")
     return [(module, name) for module in docstrings.MODULES for name in docstrings.names_of(module)]
 
@@ -118,7 +118,7 @@ def own_members(cls: type) -> dict[str, object]:
 
 
 def test_code_that_starts_with_a_public_name_is_a_reference():
-    pytest.importorskip("sphinx")
+    pytest.importorskip("sphinx", reason="needs the extra docs")
     docstrings = load("docstrings")
     names = docstrings.public_names()
     cases = {
@@ -151,7 +151,7 @@ Returns:
 
 
 def test_docstrings_become_restructured_text():
-    pytest.importorskip("sphinx")
+    pytest.importorskip("sphinx", reason="needs the extra docs")
     lines = DOCSTRING.splitlines()
     load("docstrings").rewrite(None, "function", "", None, None, lines)
     text = "\n".join(lines)
@@ -161,7 +161,7 @@ def test_docstrings_become_restructured_text():
 
 
 def test_a_colon_in_a_property_is_not_a_type():
-    pytest.importorskip("sphinx")
+    pytest.importorskip("sphinx", reason="needs the extra docs")
     from sphinx.ext.napoleon import Config, GoogleDocstring
 
     lines = ["Whether layers share entries: yes or no."]
@@ -183,7 +183,7 @@ NOWHERE = """# Page
 
 
 def test_the_site_is_not_built_with_references_to_nothing(tmp_path):
-    pytest.importorskip("myst_parser")
+    pytest.importorskip("myst_parser", reason="needs the extra docs")
     (tmp_path / "index.md").write_text(NOWHERE)
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", str(ROOT / "docs"), "-b", "dummy"]
     done = subprocess.run([*command, str(tmp_path), str(tmp_path / "out")], capture_output=True, text=True, timeout=120)

@@ -52,6 +52,11 @@ class QuantizedQuery:
         """Where the query lies."""
         return self.data.device
 
+    def __getitem__(self, rows: slice | list[int]) -> "QuantizedQuery":
+        """The queries of some tokens, as `q[rows]` gives them of a plain tensor: of a slice over the same memory."""
+        scale = None if self.scale is None else self.scale[rows]
+        return QuantizedQuery(self.format, self.data[rows], scale, self.global_scale)
+
     def scale_bytes(self) -> Tensor:
         """uint8 [T, H, scale bytes]: the scale rows as `formats.dequantize` reads them (FP4 formats)."""
         assert self.scale is not None, "only fp8 queries may come without a scale"

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # E402 below: imports that need it
 
 import compress_cases  # noqa: E402
 import kernel_cases  # noqa: E402

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.23", reason="needs the extra transformers")
+# E402 below: without transformers these imports fail, so they follow the skip
 from test_transformers_integration import (  # noqa: E402
     CASES,
     CSA_LAYERS,

@@ -193,7 +193,7 @@ def query_passes(
         while stop < min(len(seqs), start + QUERIES_PER_PASS) and seqs[stop] == seqs[start]:
             stop += 1
         rows = slice(start, stop)
-        query = query_operand(_rows(q, rows))
+        query = query_operand(q[rows])
         folded, factor = fold_weights(weights[rows], query.scale)
         yield QueryPass(rows, seqs[start], lens[start:stop], query, folded, factor)
         start = stop
@@ -232,9 +232,3 @@ def _apply_scales(scores: Tensor, query_factor: Tensor | None, key_scale: Tensor
     if key_scale is not None:
         wide.mul_(key_scale)
     scores.copy_(wide)
-
-
-def _rows(q: Tensor | QuantizedQuery, rows: slice) -> Tensor | QuantizedQuery:
-    if not isinstance(q, QuantizedQuery):
-        return q[rows]
-    return QuantizedQuery(q.format, q.data[rows], None if q.scale is None else q.scale[rows], q.global_scale)

@@ -15,7 +15,7 @@ from lightning_indexer.cache.schema import CacheSchema
 from lightning_indexer.cache.view import PagedView
 from lightning_indexer.cuda.compiler import Specialisation
 from lightning_indexer.cuda.launcher import FLOAT32, INT32, INT64, POINTER, Kernel, device_arch, load_kernel
-from lightning_indexer.cuda.operands import ALIGNMENT, INPUT_TYPES, block_type, check_storage, lanes, row_type
+from lightning_indexer.cuda.operands import INPUT_TYPES, block_type, check_storage, lanes, readable, row_type
 from lightning_indexer.formats import ROUNDINGS
 
 PARAMETERS = {
@@ -55,8 +55,7 @@ def append_entries(entries: Tensor, view: PagedView, slots: Tensor, rounding: st
     check_storage("append_entries", view)
     is_plain = entries.dtype == torch.bfloat16 and is_plain_global_scale(view.global_scale)
     kernel, entries_per_cta = _kernel(view.schema, entries.dtype, rounding, is_plain, storage.device.index)
-    if not _rows_are_readable(entries):
-        entries = entries.clone(memory_format=torch.contiguous_format)
+    entries = readable(entries)
     if not slots.is_contiguous():
         slots = slots.contiguous()
     kernel.launch(
@@ -114,8 +113,3 @@ def _kernel(
 
 def _entries_per_cta(schema: CacheSchema) -> int:
     return _THREADS // lanes(schema.format, schema.dim)
-
-
-def _rows_are_readable(entries: Tensor) -> bool:
-    row_bytes = entries.stride(0) * entries.element_size()
-    return entries.stride(1) == 1 and row_bytes % ALIGNMENT == 0 and entries.data_ptr() % ALIGNMENT == 0

@@ -12,11 +12,11 @@ from lightning_indexer.cache.view import PagedView
 from lightning_indexer.cuda.compiler import Specialisation
 from lightning_indexer.cuda.launcher import FLOAT32, INT32, INT64, POINTER, Kernel, device_arch, load_kernel
 from lightning_indexer.cuda.operands import (
-    ALIGNMENT,
     FLOAT_KINDS,
     INPUT_TYPES,
     block_type,
     check_storage,
+    readable,
     row_type,
 )
 
@@ -94,9 +94,9 @@ def compress_entries(
     if len(values) == 0:
         return
     values, gates, ape, slots = (
-        _readable(values),
-        _readable(gates),
-        _readable(ape.float()).contiguous(),
+        readable(values),
+        readable(gates),
+        readable(ape.float()).contiguous(),
         slots.contiguous(),
     )
     tokens = (
@@ -201,10 +201,3 @@ def _shared_bytes(dim: int, compress_ratio: int) -> int:
     """Of `PoolShared`: turns, largest gates, two sums, squares, the entry."""
     groups, group_threads = _groups(dim, compress_ratio)
     return dim // 2 * 8 + 3 * groups * dim * 4 + group_threads // _WARP * 4 + dim * 4
-
-
-def _readable(x: Tensor) -> Tensor:
-    """Rows contiguous and at multiples of 16 bytes."""
-    if x.stride(1) == 1 and (x.data_ptr() | x.stride(0) * x.element_size()) % ALIGNMENT == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)

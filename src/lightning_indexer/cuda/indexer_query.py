@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_indexer.cache.schema import CacheSchema
 from lightning_indexer.cuda.compiler import Specialisation
 from lightning_indexer.cuda.launcher import FLOAT32, INT32, INT64, POINTER, Kernel, device_arch, load_kernel
-from lightning_indexer.cuda.operands import ALIGNMENT, FLOAT_KINDS, INPUT_TYPES, lanes, row_type
+from lightning_indexer.cuda.operands import FLOAT_KINDS, INPUT_TYPES, lanes, readable, row_type
 from lightning_indexer.formats import QUERY_FORMATS
 from lightning_indexer.query import QuantizedQuery
 
@@ -62,7 +62,7 @@ def indexer_query(
     data, scale = _outputs(q, format)
     scaled = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device)
     if scaled.numel():
-        q = _readable(q)
+        q = readable(q)
         kernel, heads_per_cta = _kernel(_format(q.dtype, format), dim, q.dtype, rotate, q.device.index)
         weights, positions, frequencies = weights.contiguous(), positions.contiguous(), frequencies.contiguous()
         kernel.launch(
@@ -128,11 +128,3 @@ def _outputs(q: Tensor, format: str | None) -> tuple[Tensor, Tensor | None]:
     data = torch.empty(num_tokens, num_heads, schema.data_bytes, dtype=torch.uint8, device=q.device)
     scale_dtype = torch.float8_e4m3fn if format == "nvfp4" else torch.uint8
     return data, torch.empty(num_tokens, num_heads, schema.scale_bytes, dtype=scale_dtype, device=q.device)
-
-
-def _readable(q: Tensor) -> Tensor:
-    """q with contiguous rows at multiples of 16 bytes."""
-    strides = (q.stride(0) | q.stride(1)) * q.element_size()
-    if q.stride(2) == 1 and (q.data_ptr() | strides) % ALIGNMENT == 0:
-        return q
-    return q.clone(memory_format=torch.contiguous_format)

@@ -1,6 +1,7 @@
 """How tensors and cache layouts are handed to kernels."""
 
 import torch
+from torch import Tensor
 
 from lightning_indexer.cache.schema import CacheSchema
 from lightning_indexer.cache.view import PagedView
@@ -34,6 +35,15 @@ def block_type(schema: CacheSchema) -> str:
     """`Block<...>` of kernels/memory.cuh. The distance between blocks is not in it: that stays a run-time argument."""
     numbers = (schema.entries_per_block, schema.data_bytes, schema.scale_bytes, schema.scale_offset)
     return f"Block<{', '.join(str(number) for number in numbers)}>"
+
+
+def readable(x: Tensor) -> Tensor:
+    """x, or a copy of it, with contiguous rows of its last dimension at multiples of ALIGNMENT bytes."""
+    *strides, last = x.stride()
+    size = x.element_size()
+    if last == 1 and x.data_ptr() % ALIGNMENT == 0 and not any(stride * size % ALIGNMENT for stride in strides):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def check_storage(op: str, view: PagedView) -> None:

@@ -50,13 +50,8 @@ class Queries:
 
     def take(self, rows: list[int]) -> "Queries":
         """Some of the queries."""
-        q = self.q
-        if isinstance(q, QuantizedQuery):
-            q = QuantizedQuery(q.format, q.data[rows], None if q.scale is None else q.scale[rows], q.global_scale)
-        else:
-            q = q[rows]
         others = (self.weights, self.positions, self.valid_lens, self.seq_ids)
-        return Queries(self.latents[rows], q, *(tensor[rows] for tensor in others))
+        return Queries(self.latents[rows], self.q[rows], *(tensor[rows] for tensor in others))
 
 
 class Layer:

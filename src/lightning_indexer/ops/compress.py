@@ -1,5 +1,7 @@
 """Pool the tokens of each entry that a step completes, and write it into the paged cache."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,13 +53,20 @@ def compress_entries(
     check_tensor(op, "norm", norm, dtype=_FLOATS, shape=(view.schema.dim,), device=view.device)
     check_pooling(op, values, gates, step, ring, ape, norm, frequencies)
     check_tensor(op, "slots", slots, dtype=_INTS, shape=(len(step.entry_rows),), device=view.device)
-    options = {"ape": ape, "norm": norm, "frequencies": frequencies, "eps": eps, "rotate": rotate, "dtype": dtype}
+    options: dict[str, Any] = {
+        "ape": ape,
+        "norm": norm,
+        "frequencies": frequencies,
+        "eps": eps,
+        "rotate": rotate,
+        "dtype": dtype,
+    }
     if impl == "cuda":
         from lightning_indexer.cuda.compress import compress_entries as cuda_compress_entries
 
-        cuda_compress_entries(values, gates, step, ring.rows, view, slots, **options)  # type: ignore[arg-type]
+        cuda_compress_entries(values, gates, step, ring.rows, view, slots, **options)
         return
-    entries = pooled_entries(values, gates, step, ring, **options)  # type: ignore[arg-type]
+    entries = pooled_entries(values, gates, step, ring, **options)
     if impl == "reference":
         reference.append_entries(entries, view, slots)
     else:

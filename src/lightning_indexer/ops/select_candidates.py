@@ -135,13 +135,7 @@ def _from_dense(
     for start in range(0, num_tokens, each):
         rows = slice(start, min(start + each, num_tokens))
         scores, lens = dense[: rows.stop - start], valid_lens[rows]
-        index_scores(_rows(q, rows), weights[rows], view, lens, seq_ids[rows], scores)
+        index_scores(q[rows], weights[rows], view, lens, seq_ids[rows], scores)
         keys = block_keys(scores, lens.unsqueeze(1), 0, block_entries)
         keys = torch.cat([none[: len(keys)], keys], 1).topk(num_blocks, dim=1, sorted=False).values
         out[rows] = key_indices(order_by_index(keys))
-
-
-def _rows(q: Tensor | QuantizedQuery, rows: slice) -> Tensor | QuantizedQuery:
-    if not isinstance(q, QuantizedQuery):
-        return q[rows]
-    return QuantizedQuery(q.format, q.data[rows], None if q.scale is None else q.scale[rows], q.global_scale)

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_indexer import reference
 from lightning_indexer.bench.agreement import compare
 from lightning_indexer.bench.cuda.cases import AppendCase, GatherCase, ScoringCase
-from lightning_indexer.bench.cuda.operands import AppendOperands, GatherOperands, ScoringOperands, take_queries
+from lightning_indexer.bench.cuda.operands import AppendOperands, GatherOperands, ScoringOperands
 from lightning_indexer.formats import quantize
 
 _CHECKED_QUERIES = 6
@@ -29,7 +29,7 @@ def check_scoring(case: ScoringCase, operands: ScoringOperands, indices: Tensor)
         rows = slice(t, t + 1)
         seq_id, length = int(operands.seq_ids[t]), int(operands.valid_lens[t])
         agreement = compare(
-            take_queries(operands.query, rows),
+            operands.query[rows],
             operands.weights[rows],
             operands.view,
             indices[rows],

@@ -3,7 +3,7 @@
 Sequences lie in permuted blocks: in a cache that has been in use, neighbours are not neighbours.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -115,10 +115,3 @@ def filled_view(kind: type[View], schema: CacheSchema, num_seqs: int, entries: i
             values = torch.randn(index.shape[1], schema.dim, generator=generator, device=device)
             append_entries(values, view, view.slots(torch.tensor([seq_id], device=device), index)[0])
     return view
-
-
-def take_queries(query: Tensor | QuantizedQuery, rows: slice) -> Tensor | QuantizedQuery:
-    """Some of the queries."""
-    if isinstance(query, Tensor):
-        return query[rows]
-    return replace(query, data=query.data[rows], scale=None if query.scale is None else query.scale[rows])
