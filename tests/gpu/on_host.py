@@ -39,9 +39,13 @@ class HostKernel:
 
     def launch(self, grid: tuple[int, int, int], *arguments: float) -> None:
         assert grid[0] >= 1 and grid[1:] == (1, 1), f"an empty or unexpected grid {grid}"
+        self.run(grid[0], 1, arguments)
+
+    def run(self, x: int, y: int, arguments: tuple[float, ...]) -> None:
+        """All blocks of a grid."""
         pack_into, memory, address = self.arguments.place
         pack_into(memory, 0, *arguments)
-        self.function(grid[0], 1, self.threads, ctypes.c_void_p(address))
+        self.function(x, y, self.threads, ctypes.c_void_p(address))
 
 
 def compile_library(folder: Path, specialisations: Iterable[Specialisation], extra: str = "") -> Library:

@@ -10,10 +10,8 @@ import ctypes
 import dataclasses
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,20 +27,16 @@ from cases import (
     problem_with_scores,
     with_low_codes,
 )
+from on_host import COMPILER, HERE, OPTIONS, HostKernel, needs_compiler
 from torch import Tensor
 
 from lightning_indexer import reference
-from lightning_indexer.cuda import launcher
 from lightning_indexer.cuda import score_topk as cuda
 from lightning_indexer.cuda.compiler import KERNEL_FOLDER, Specialisation
 from lightning_indexer.ops import select_candidates
 
-HERE = Path(__file__).parent
-COMPILER = shutil.which("g++")
 BLOCKS = 3  # multiprocessors of the imaginary GPU
-pytestmark = pytest.mark.skipif(
-    COMPILER is None or not sys.platform.startswith("linux"), reason="needs g++ and glibc's ucontext"
-)
+pytestmark = needs_compiler
 
 
 @dataclass(frozen=True)
@@ -117,21 +111,15 @@ ADVERSARIAL = Case("bf16", "bf16", "sm_90a", (5000, 64, 1), (0, 1, 2), blocks=2)
 LISTED_ADVERSARIAL = dataclasses.replace(ADVERSARIAL, num_candidates=500)
 
 
-class HostKernel:
-    """Stands in for `launcher.Kernel`."""
+class ScoringKernel(HostKernel):
+    """One whose grid may have rows, and which may overlap the one before it."""
 
     overlaps = True
-
-    def __init__(self, function: ctypes._CFuncPtr, parameters: dict[str, str], threads: int) -> None:
-        self.function, self.threads = function, threads
-        self.arguments = launcher._ArgumentBuffer("".join(parameters.values()))
 
     def launch(self, grid: tuple[int, int, int], *arguments: float) -> None:
         x, y, z = grid
         assert x >= 1 and y >= 1 and z == 1, f"an empty or unexpected grid {grid}"
-        pack_into, memory, address = self.arguments.place
-        pack_into(memory, 0, *arguments)
-        self.function(x, y, self.threads, ctypes.c_void_p(address))
+        self.run(x, y, arguments)
 
 
 def specialisations(case: Case) -> list[Specialisation]:
@@ -169,7 +157,6 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes._CFunc
         for case in [*CASES, *LISTED, ADVERSARIAL, LISTED_ADVERSARIAL]
         for s in specialisations(case)
     }
-    options = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared", "-w", f"-I{HERE}"]
     assert COMPILER is not None
     started = []
     for i, (expression, source) in enumerate(wanted.items()):
@@ -180,7 +167,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes._CFunc
             'extern "C" void launch_kernel(unsigned x, unsigned y, unsigned threads, void** arguments) '
             f"{{ host_cuda::launch({expression}, x, y, threads, arguments); }}\n"
         )
-        command = [COMPILER, *options, f"{i}.cpp", "-o", f"{i}.so"]
+        command = [COMPILER, *OPTIONS, f"{i}.cpp", "-o", f"{i}.so"]
         started.append(subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True))
     for process in started:
         errors = process.communicate(timeout=300)[1]
@@ -192,8 +179,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes._CFunc
 def on_host(library: dict[str, ctypes._CFuncPtr], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let the wrappers find the host's kernels."""
 
-    def load(specialisation: Specialisation, _index: object, parameters: dict[str, str], **options: int) -> HostKernel:
-        return HostKernel(library[specialisation.expression], parameters, options["threads"])
+    def load(
+        specialisation: Specialisation, _index: object, parameters: dict[str, str], **options: int
+    ) -> ScoringKernel:
+        return ScoringKernel(library[specialisation.expression], parameters, options["threads"])
 
     monkeypatch.setattr(cuda, "load_kernel", load)
     yield
