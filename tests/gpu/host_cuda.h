@@ -52,6 +52,7 @@ inline double __hiloint2double(int high, int low) {
   return bits_as<double>(static_cast<unsigned long long>(static_cast<unsigned>(high)) << 32 | static_cast<unsigned>(low));
 }
 inline int __double2hiint(double x) { return static_cast<int>(bits_as<unsigned long long>(x) >> 32); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned long long>(a) * b >> 32; }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int __clzll(long long x) { return x ? __builtin_clzll(x) : 64; }
 inline int __popc(int x) { return __builtin_popcount(x); }

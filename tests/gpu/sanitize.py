@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # E402 below: imports that n
 import compress_cases  # noqa: E402
 import kernel_cases  # noqa: E402
 import query_cases  # noqa: E402
-from cases import POISON, Problem, check_scores, make_problem  # noqa: E402
+from cases import POISON, Problem, check_scores, make_lists, make_problem  # noqa: E402
 from engines import ENGINES, Engine, promised_error, workspace_bytes  # noqa: E402
 
 from lightning_indexer import merge_topk  # noqa: E402
@@ -120,6 +120,13 @@ def scoring_case(engine: Engine, operands: dict, shape: str) -> None:
     engine.check(on_gpu, top_k, dense=scores, workspace=workspace, order="score", output="slot")
 
 
+def listed_case(engine: Engine, operands: dict, shape: str) -> None:
+    """Selection from lists of blocks of eight entries."""
+    lens, seq_ids, valid_lens, top_k = SHAPES[shape]
+    problem = make_problem(lens, **operands, seq_ids=seq_ids, valid_lens=valid_lens).to(DEVICE)
+    engine.check(problem, top_k, candidates=make_lists(problem, 300))
+
+
 def hostile_numbers() -> None:
     """Lengths, sequences and blocks out of range are clamped: memcheck sees a read outside."""
     problem = make_problem([100, 100], valid_lens=[100, 100, 100, 100], seq_ids=[0, 0, 1, 1]).to(DEVICE)
@@ -184,6 +191,9 @@ def all_cases() -> dict[str, Callable[[], None]]:
         ]
         for key, operands, shape in chosen:
             found[f"{name}-{key}-{shape}"] = lambda e=engine, o=operands, s=shape: scoring_case(e, o, s)
+        for key, operands in FORMATS.items():
+            for shape in ("decode-split", "prefill"):
+                found[f"{name}-{key}-{shape}-listed"] = lambda e=engine, o=operands, s=shape: listed_case(e, o, s)
     found["auto-hostile-numbers"] = hostile_numbers
     found["partial-barrier"] = partial_barrier
     return found

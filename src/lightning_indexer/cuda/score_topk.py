@@ -471,8 +471,9 @@ def _blocks(queries: int, top_k: int, multiprocessors: int) -> int:
 def _workspace_bytes(blocks: int, queries: int, top_k: int) -> int:
     """As `Workspace` in kernels/work.cuh lays it out."""
     capacity = _capacity(top_k, queries)
-    later = capacity if queries <= _FEW_QUERIES else top_k
-    return blocks * (queries * ((capacity + later) * 8 + 2 * 16) + 3 * 4)
+    is_apart = queries <= _FEW_QUERIES
+    later, fronts = (capacity, 2 * top_k) if is_apart else (top_k, 0)
+    return blocks * (queries * ((capacity + later + fronts) * 8 + 2 * 16) + 3 * 4)
 
 
 def _shared_bytes(product: Product, shape: Shape, schema: CacheSchema) -> int:

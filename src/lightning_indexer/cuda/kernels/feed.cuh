@@ -279,7 +279,7 @@ struct BulkFeed {
 
   // All threads, before anybody waits.
   __device__ static __forceinline__ void prepare(uint8_t* rings, uint32_t thread) {
-    if (thread == 0) {
+    if (thread == 0) {  // several warps take longer
       const uint32_t control = shared_address(rings);
       for (int i = 0; i < kSlots; ++i) {
         mbarrier_init(control + 8 * i, 1);
@@ -345,9 +345,8 @@ struct BulkFeed {
   }
 
   // Once a product that needs them is issued: an arrival may overtake loads that are still under way, and the copy engine
-  // would write over what they are to read.
+  // would write over what they are to read. A warp issues a product as one, so all its lanes have read.
   __device__ __forceinline__ void release() {
-    __syncwarp();
     if (threadIdx.x % kWarpThreads == 0) mbarrier_arrive(full + 8 * (step % kStages * kGroups + kSlots));
     ++step, --left;
   }
@@ -367,17 +366,24 @@ struct BulkFeed {
       for (uint32_t parts = 0;; ++parts) {
         mbarrier_wait(control + kKnown, parts & 1);
         if (part.is_none) return;
-        produce(pages, rings, part, parts);
+        produce(pages, rings, part);
         __syncwarp();
         if (threadIdx.x % kWarpThreads == 0) mbarrier_arrive(control + kCopied);
       }
     }
 
    private:
+    // Of the barriers, for the part announced last.
+    __device__ __forceinline__ static uint32_t parity(uint32_t control) {
+      uint32_t parts;
+      load_shared<4>(control + kParts, &parts);
+      return (parts & 1) ^ 1;
+    }
+
     // A tile's bytes are contiguous in runs of kRun entries; a lane looks up and copies one run. Behind the first tile it
     // waits until the part's queries are loaded: they would come last if they had to queue behind all keys that the slots of
     // all blocks hold.
-    __device__ __forceinline__ void produce(const Pages& pages, uint8_t* rings, const Part& part, uint32_t parts) {
+    __device__ __forceinline__ void produce(const Pages& pages, uint8_t* rings, const Part& part) {
       constexpr uint32_t kRun = Block::kEntries % 64 == 0 ? 64 : Block::kEntries % 32 == 0 ? 32 : 16;
       constexpr uint32_t kCopies = kTile / kRun, kTilesAtOnce = kWarpThreads / kCopies;
       const uint32_t lane = threadIdx.x % kWarpThreads, run = lane % kCopies;
@@ -395,7 +401,7 @@ struct BulkFeed {
         const uint32_t count = min(share.count - done, kTilesAtOnce);
 #pragma unroll 1
         for (uint32_t i = 0; i < count; ++i, ++step) {
-          if (done + i == 1) mbarrier_wait(control + kLoaded, parts & 1);
+          if (done + i == 1) mbarrier_wait(control + kLoaded, parity(control));
           const uint32_t slot = step % kStages * kGroups + group;
           const uint32_t full = control + 8 * slot, target = control + kControlBytes + slot * kSlotBytes;
           mbarrier_wait(full + 8 * kSlots, (step / kStages & 1) ^ 1);  // the first time round it counts as released
@@ -415,7 +421,7 @@ struct BulkFeed {
           __syncwarp();
         }
       }
-      if (share.count < 2) mbarrier_wait(control + kLoaded, parts & 1);  // each part is waited for
+      if (share.count < 2) mbarrier_wait(control + kLoaded, parity(control));  // each part is waited for
     }
   };
 };

@@ -22,7 +22,9 @@ struct MergeShared {
   uint64_t keys[kCapacity];
   uint64_t ordered[kMaxTopK];
   PartList lists[kMaxParts];
-  uint32_t total, count;
+  uint32_t total, top, width;            // keys that lie in front, their highest rank, the longest part's
+  uint32_t lowest_bound, highest_bound;  // ranks
+  uint32_t count;
   Team<kMergeThreads>::Scratch team_scratch;
 };
 
@@ -60,79 +62,101 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
   const int first_block = static_cast<int>(blockIdx.x), query = static_cast<int>(blockIdx.y);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpThreads;
   const Team<kMergeThreads> team = {thread, 0, shared.team_scratch};
+  const auto list_of = [&](int block, bool is_first) {
+    return is_first ? space.candidates(block, query) : space.later_part(block, query);
+  };
   for (bool rehearses = first_block < early_blocks && query == 0;; rehearses = false) {
+    for (int i = thread; i < team.kBins; i += kMergeThreads) shared.team_scratch.bins[i] = 0;
+    if (thread == 0) {
+      shared.total = shared.top = shared.width = shared.highest_bound = shared.team_scratch.total = 0;
+      shared.lowest_bound = ~0u;
+    }
+    __syncthreads();
+    if (!rehearses) wait_for_last_kernel();
+
+    // --- what lies in front -------------------------------------------------------------------------------------------
     SplitGroup group = {0, 1, first_block};
+    PartList list = {kNoCandidate, kMergeThreads, true};
     if (!rehearses) {
-      wait_for_last_kernel();
+      if (first_block + thread < all_blocks()) {  // in case it is one of the group's
+        list = thread ? space.later_list(first_block + thread, query) : space.first_list(first_block, query);
+      }
       group = space.split_group(first_block);
       if (query >= group.size) return;
     }
-    const int parts = group.last_block - first_block + 1;
+    const int parts = group.last_block - first_block + 1, wanted = rehearses ? min(kWarpThreads, top_k) : top_k;
     const Front front(top_k, parts);
-    // Those of part 0 lie with its block's candidates, the others with later parts, a block further each.
-    const uint64_t* const first_keys = space.candidates(first_block, query);
-    const uint64_t* const later_keys = space.later_part(first_block, query);
-    const uint32_t stride = static_cast<uint32_t>(queries * space.later_capacity());
-    const auto part_keys = [&](uint32_t part) { return part ? later_keys + part * stride : first_keys; };
-
-    // --- what lies in front -------------------------------------------------------------------------------------------
-    if (thread == 0) shared.total = 0;
-    int places = parts * front.most, wanted = top_k;
-    uint32_t mine = 0;
-    if (rehearses) {
-      places = kMergeThreads, wanted = min(kWarpThreads, top_k);
-      shared.keys[thread] = key_of(static_cast<float>(thread % 100), thread);
-      shared.lists[0] = {kNoCandidate, 0, 0};
-      mine = 1;
-    } else {
-      for (int i = thread; i < parts; i += kMergeThreads) {
-        const PartList& list = i ? space.later_list(first_block + i, query) : space.first_list(first_block, query);
-        copy_async<16>(shared_address(&shared.lists[i]), reinterpret_cast<const uint8_t*>(&list));
+    if (thread - lane < parts) {
+      const uint32_t highest = thread < parts ? rank_of_key(list.bound) : 0, lowest = highest ? highest : ~0u;
+      const uint32_t width = thread < parts ? list.is_whole ? list.count : front.most : 0;
+      if (thread < parts) shared.lists[thread] = list;
+      const uint32_t widest = __reduce_max_sync(kFullWarp, width);
+      const uint32_t low = __reduce_min_sync(kFullWarp, lowest), high = __reduce_max_sync(kFullWarp, highest);
+      if (lane == 0) {
+        atomicMax(&shared.width, widest), atomicMin(&shared.lowest_bound, low), atomicMax(&shared.highest_bound, high);
       }
+    }
+    __syncthreads();
+    // As many places for each part as the longest takes. i / width is the high word of i * per_place.
+    const uint32_t width = shared.width, per_place = 0xFFFFFFFFu / max(width, 1u) + 1;
+    const int places = parts * static_cast<int>(width);
+    if (rehearses) {
+      shared.keys[thread] = key_of(static_cast<float>(thread % 100), thread);
+    } else {
+      const uint64_t* const first_front = space.front(first_block, query, true);
+      const uint64_t* const later_front = space.front(first_block, query, false);  // of the part of this block, if any
 #pragma unroll 1
       for (int i = thread; i < places; i += kMergeThreads) {
-        const uint64_t* const key = part_keys(i / front.most) + i % front.most;
-        copy_async<8>(shared_address(&shared.keys[i]), reinterpret_cast<const uint8_t*>(key));
+        const uint32_t part = width == 1 ? i : __umulhi(i, per_place), place = i - part * width;
+        const PartList& from = shared.lists[part];
+        const uint64_t* keys = part ? later_front + part * space.front_stride() : first_front;
+        if (from.is_whole) keys = list_of(first_block + part, part == 0);
+        if (place < (from.is_whole ? from.count : front.most)) {
+          copy_async<8>(shared_address(&shared.keys[i]), reinterpret_cast<const uint8_t*>(keys + place));
+        } else {
+          shared.keys[i] = kNoCandidate;
+        }
       }
       copy_commit();
       copy_wait<0>();
     }
-    __syncthreads();
+    {  // of what this thread has brought itself
+      uint32_t total = 0, top = 0;
 #pragma unroll 1
-    for (int i = thread; i < places && !rehearses; i += kMergeThreads) {
-      if (i % front.most < shared.lists[i / front.most].front) {
-        ++mine;
-      } else {
-        shared.keys[i] = kNoCandidate;
+      for (int i = thread; i < places; i += kMergeThreads) {
+        const uint64_t key = shared.keys[i];
+        total += key != kNoCandidate, top = max(top, rank_of_key(key));
       }
+      total = __reduce_add_sync(kFullWarp, total), top = __reduce_max_sync(kFullWarp, top);
+      if (lane == 0) atomicAdd(&shared.total, total), atomicMax(&shared.top, top);
     }
-    mine = __reduce_add_sync(kFullWarp, mine);
-    if (lane == 0) atomicAdd(&shared.total, mine);
     HeldKeys held(team, shared.keys, places);
-    const auto top_of = [&](uint32_t count) {
-      return static_cast<int>(count) > wanted ? held.threshold(team, wanted, 0) : kAnyCandidate;
-    };
-    uint64_t threshold = top_of(shared.total);
+    uint64_t threshold = kAnyCandidate;
+    if (static_cast<int>(shared.total) > wanted) {
+      // Parts that have a bound have more keys from there on than their share of the wanted ones.
+      const uint32_t bottom = shared.lowest_bound < shared.top ? shared.lowest_bound : held.likely_bottom(shared.top);
+      threshold = held.threshold_from(team, wanted, 0, bottom, shared.top);
+    }
+    int count = held.gather(team, threshold, shared.ordered);
 
     // --- what lies behind, where it is wanted -------------------------------------------------------------------------
-    bool is_wanted = false;
-    for (int i = thread; i < parts; i += kMergeThreads) is_wanted |= shared.lists[i].bound > threshold;
-    if (__syncthreads_or(is_wanted)) {
-      int count = held.collect(team, threshold, kNoCandidate, shared.ordered);
+    if (shared.highest_bound >= rank_of_key(threshold)) {
       for (int i = 0; i < parts; ++i) {
         const PartList& behind = shared.lists[i];
-        for (int from = behind.front; from < behind.count && behind.bound > threshold; from += kCapacity - top_k) {
+        const uint64_t* const keys = list_of(first_block + i, i == 0);
+        int from = space.is_apart() ? 0 : front.most;
+        for (; from < behind.count && behind.bound > threshold; from += kCapacity - top_k) {
           for (int j = thread; j < count; j += kMergeThreads) shared.keys[j] = shared.ordered[j];
           if (thread == 0) shared.count = static_cast<uint32_t>(count);
           __syncthreads();
           const int to = min(behind.count, from + kCapacity - top_k);
           for (int j = from + thread; j < to; j += kMergeThreads) {
-            const uint64_t key = part_keys(i)[j];
-            if (key >= threshold) shared.keys[atomicAdd(&shared.count, 1u)] = key;
+            const uint64_t key = keys[j];
+            if (key >= threshold && key < behind.bound) shared.keys[atomicAdd(&shared.count, 1u)] = key;
           }
           __syncthreads();
           held = HeldKeys(team, shared.keys, static_cast<int>(shared.count));
-          threshold = top_of(shared.count);
+          if (static_cast<int>(shared.count) > wanted) threshold = held.threshold(team, wanted, 0);
           count = held.collect(team, threshold, kNoCandidate, shared.ordered);
         }
       }
@@ -151,8 +175,9 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
       const int32_t block = block_table[seq * table_row_stride + column * table_column_stride];
       return clamped_block(block, num_blocks) * Block::kEntries + first % Block::kEntries;
     };
+    held = HeldKeys(team, shared.ordered, count);
     const int kept = held.emit_in_order(
-        team, threshold, shared.ordered, [&](uint64_t key) { return results.sortable(key); },
+        team, threshold, shared.keys, [&](uint64_t key) { return results.sortable(key); },
         [&](int place, uint64_t value) {
           if (!rehearses) results.write(row, place, value, slot_of);
         });

@@ -31,14 +31,18 @@ struct Queries {
       int64_t row, int count, int num_tokens, uint32_t thread, uint32_t threads) const {
     const uint32_t rows = static_cast<uint32_t>(min(static_cast<int64_t>(count), num_tokens - row));
     const uint32_t row_bytes = static_cast<uint32_t>(num_heads) * kDim * value_bits() / 8;
-    constexpr uint32_t kLine = 128;
-    for (uint32_t at = thread * kLine; at < rows * row_bytes; at += threads * kLine) {
-      prefetch_line(data + row * row_bytes + at);
-    }
-    for (uint32_t at = thread * kLine; at < rows * num_heads * 4; at += threads * kLine) {
-      prefetch_line(reinterpret_cast<const uint8_t*>(weights + row * num_heads) + at);
-    }
+    const uint32_t scale_bytes = format == QueryFormat::kNvfp4 ? kDim / 16 : 4;  // of a head
+    const auto prefetch_rows = [&](const void* first, uint32_t bytes) {
+#pragma unroll 1
+      for (uint32_t at = thread * kLine; at < rows * bytes; at += threads * kLine) {
+        prefetch_line(static_cast<const uint8_t*>(first) + row * bytes + at);
+      }
+    };
+    prefetch_rows(data, row_bytes);
+    prefetch_rows(weights, num_heads * 4);
+    if (scale) prefetch_rows(scale, num_heads * scale_bytes);
   }
+  static constexpr uint32_t kLine = 128;
 
   __device__ __forceinline__ uint32_t value_bits() const {
     return format <= QueryFormat::kNvfp4 ? 4 : format == QueryFormat::kFp8 ? 8 : format == QueryFormat::kFp32 ? 32 : 16;
@@ -123,6 +127,25 @@ struct Weights {
   static constexpr int kPerLane = (kHeads / 4 + 3) / 4 * 4 + 4;
   static constexpr int kPerQuery = 4 * kPerLane;
   __device__ static __forceinline__ int place(int h) { return h % 8 / 2 * kPerLane + h / 8 * 2 + h % 2; }
+
+  float* weights;    // halved, for (a + |a|) * w
+  double* folded;    // [queries][kHeads], times all factors
+  bool* is_unusual;  // whether some are so far from 1 that fp32 sums want them scaled
+
+  __device__ __forceinline__ void put(int query, int h, double w) const {
+    folded[query * kHeads + h] = w;
+    weights[query * kPerQuery + place(h)] = static_cast<float>(w * 0.5);
+    const int exponent = exponent_of(w);
+    if (exponent != kNone && (exponent < -kSafe || exponent > kSafe)) *is_unusual = true;
+  }
+
+  // |log2| of a query's largest weight that leaves fp32 sums room on both sides.
+  static constexpr int kSafe = 40, kNone = -5000;
+
+  __device__ static __forceinline__ int exponent_of(double w) {
+    const int field = __double2hiint(w) >> 20 & 0x7FF;
+    return w != 0 && field != 0x7FF ? field - 1023 : kNone;
+  }
 };
 
 // A head of an operand: what is at its place, and what its weight is multiplied by.
@@ -145,7 +168,7 @@ struct Place {
 // memory once per launch.
 template <class Keys, class Mma, int kHeads, int kPerMma, int kTerms, int kThreads>
 __device__ __forceinline__ void load_operands(
-    const Queries& queries, int first, int num_queries, uint8_t* target, double* folded) {
+    const Queries& queries, int first, int num_queries, uint8_t* target, const Weights<kHeads>& weights) {
   constexpr int kPerRegister = Keys::Element::kPerRegister;
   constexpr bool kIsE4M3 = kPerRegister == 4;
   constexpr int kRuns = Keys::kDim / kRunValues, kRegisters = kRunValues / kPerRegister;
@@ -197,20 +220,21 @@ __device__ __forceinline__ void load_operands(
         }
       }
     }
-    if (run == 0) folded[row] = is_real ? weight * (*queries.factor * scale) * wide_power_of_two(exponent) : 0.0;
+    const double folded = is_real ? weight * (*queries.factor * scale) * wide_power_of_two(exponent) : 0.0;
+    if (run == 0) weights.put(query, h, folded);
   }
 }
 
 // The same for mxfp4 queries of mxfp4 keys in E4M3: a head is turned into an operand as a key is.
 template <class Keys, class Mma, int kHeads, int kPerMma, int kThreads>
 __device__ __forceinline__ void load_mxfp4_operands(
-    const Queries& queries, int first, int num_queries, uint8_t* target, double* folded) {
+    const Queries& queries, int first, int num_queries, uint8_t* target, const Weights<kHeads>& weights) {
   const int thread = static_cast<int>(this_thread()), lane = thread % kWarpThreads, c = lane % 4;
   const int padded = (num_queries + kPerMma - 1) / kPerMma * kPerMma;
 #pragma unroll 1
   for (int from = thread / kWarpThreads * 16; from < padded * kHeads; from += kThreads / kWarpThreads * 16) {
     typename Keys::Row raw[2];
-    float weights[2];
+    float weight[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = min(from + lane / 4 + 8 * i, padded * kHeads - 1);
@@ -218,9 +242,9 @@ __device__ __forceinline__ void load_mxfp4_operands(
       const uint8_t* codes = queries.data + place.source * (Keys::kDim / 2) + c * Keys::kPieceBytes;
       load_words(codes, raw[i].words);
       raw[i].scale = reinterpret_cast<const uint32_t*>(queries.scale)[place.source];
-      weights[i] = queries.weights[place.source];
+      weight[i] = queries.weights[place.source];
       if (!place.is_real) {
-        weights[i] = 0, raw[i].scale = 0x7F7F7F7Fu;
+        weight[i] = 0, raw[i].scale = 0x7F7F7F7Fu;
 #pragma unroll
         for (uint32_t& word : raw[i].words) word = 0;
       }
@@ -238,45 +262,44 @@ __device__ __forceinline__ void load_mxfp4_operands(
         *reinterpret_cast<uint32_t*>(base + Mma::word_offset(column, step, 0, c)) = a[step][i];
         *reinterpret_cast<uint32_t*>(base + Mma::word_offset(column, step, 1, c)) = a[step][2 + i];
       }
-      if (c == 0) folded[row] = weights[i] * (*queries.factor * factor[i]);
+      if (c == 0) weights.put(query, row % kHeads, weight[i] * (*queries.factor * factor[i]));
     }
   }
 }
 
-// Store `num_queries` queries from `first` on: operands at `target`, weights (halved, for (a + |a|) * w), and for each
-// query two factors that its score is still to be multiplied by. `folded`: [num_queries][kHeads] doubles. All threads that
+// Store `num_queries` queries from `first` on: operands at `target`, and weights (halved, for (a + |a|) * w). All threads that
 // score call it; the caller synchronises before and after.
 template <class Keys, class Mma, int kHeads, int kPerMma, int kTerms, int kThreads>
 __device__ __forceinline__ void load_queries(
-    const Queries& queries, int first, int num_queries, uint8_t* target, float* weights, double* folded,
-    float2* row_scales) {
+    const Queries& queries, int first, int num_queries, uint8_t* target, const Weights<kHeads>& weights) {
   constexpr bool kIsMxfp4 = Keys::kIsMxfp4 && Keys::Element::kPerRegister == 4;
   if (kIsMxfp4 && queries.format == QueryFormat::kMxfp4) {
     if constexpr (kIsMxfp4) {
-      load_mxfp4_operands<Keys, Mma, kHeads, kPerMma, kThreads>(queries, first, num_queries, target, folded);
+      load_mxfp4_operands<Keys, Mma, kHeads, kPerMma, kThreads>(queries, first, num_queries, target, weights);
     }
   } else {
-    load_operands<Keys, Mma, kHeads, kPerMma, kTerms, kThreads>(queries, first, num_queries, target, folded);
+    load_operands<Keys, Mma, kHeads, kPerMma, kTerms, kThreads>(queries, first, num_queries, target, weights);
   }
-  const int thread = static_cast<int>(this_thread()), padded = (num_queries + kPerMma - 1) / kPerMma * kPerMma;
-  sync_scorers<kThreads>();
-  const int lane = thread % kWarpThreads;
+}
+
+// Where weights are unusual: scale those of each query by a power of two, and store two factors that its scores are still to
+// be multiplied by.
+template <int kHeads, int kThreads>
+__device__ __forceinline__ void scale_weights(const Weights<kHeads>& weights, int num_queries, float2* row_scales) {
+  using W = Weights<kHeads>;
+  const int thread = static_cast<int>(this_thread()), lane = thread % kWarpThreads;
 #pragma unroll 1
-  for (int query = thread / kWarpThreads; query < padded; query += kThreads / kWarpThreads) {
-    int top = -5000;
-    for (int h = lane; h < kHeads; h += kWarpThreads) {
-      const double w = folded[query * kHeads + h];
-      const int field = __double2hiint(w) >> 20 & 0x7FF;
-      if (w != 0 && field != 0x7FF) top = max(top, field - 1023);
-    }
+  for (int query = thread / kWarpThreads; query < num_queries; query += kThreads / kWarpThreads) {
+    const double* const folded = weights.folded + query * kHeads;
+    int top = W::kNone;
+    for (int h = lane; h < kHeads; h += kWarpThreads) top = max(top, W::exponent_of(folded[h]));
     top = __reduce_max_sync(kFullWarp, top);
-    constexpr int kSafe = 40;  // |log2| of a query's largest weight that leaves fp32 sums room on both sides
-    const int taken = top == -5000 || (top >= -kSafe && top <= kSafe) ? 0 : top;
+    const int taken = top == W::kNone || (top >= -W::kSafe && top <= W::kSafe) ? 0 : top;
     for (int h = lane; h < kHeads; h += kWarpThreads) {
-      const double w = folded[query * kHeads + h] * wide_power_of_two(-taken) * 0.5;
-      weights[query * Weights<kHeads>::kPerQuery + Weights<kHeads>::place(h)] = static_cast<float>(w);
+      const double w = folded[h] * wide_power_of_two(-taken) * 0.5;
+      weights.weights[query * W::kPerQuery + W::place(h)] = static_cast<float>(w);
     }
-    if (lane == 0 && query < num_queries) {
+    if (lane == 0) {
       const int kept = min(max(taken, -250), 250);
       row_scales[query] = {power_of_two(kept / 2), power_of_two(kept - kept / 2)};
     }

@@ -62,6 +62,7 @@ struct Shared {
   Range range;
   double factor;
   Part part;
+  bool has_unusual_weights;
   double folded[Shape::kQueries * Shape::kHeads];
   float2 row_scales[Shape::kQueries];  // what a score is still to be multiplied by: powers of two, mostly 1
   uint64_t thresholds[Shape::kQueries];  // keys from here on are kept
@@ -159,12 +160,17 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
   }
   Feed::take_registers();
   Feed feed(pages, rows);
-  if (thread == 0) shared.factor = static_cast<double>(query_global_scale) * global_scale * Keys::kUnit;
   const typename SharedData::Plan plan = {rows};
-  if (thread < kWarpThreads) plan.find_range(shared.range);
-  if (!kDense && thread == 0) space.split_group(this_block()) = {0, 0, 0};
-  // Meanwhile, what this block will read if sequences are about equally long.
-  if (thread >= kWarpThreads) {
+  if (thread < kWarpThreads) {
+    plan.find_range(shared.range);
+  } else {
+    const uint32_t q = thread - kWarpThreads;
+    if (q == 0) shared.factor = static_cast<double>(query_global_scale) * global_scale * Keys::kUnit;
+    if (!kDense && q == 0) space.split_group(this_block()) = {0, 0, 0};
+    if (!kDense && q < Shape::kQueries) {  // the merge looks at more lists than it uses
+      space.first_list(this_block(), q) = space.later_list(this_block(), q) = {kNoCandidate, 0, 0};
+    }
+    // What this block will read if sequences are about equally long.
     const int64_t row = static_cast<int64_t>(this_block()) * num_tokens / all_blocks();
     queries.prefetch<Keys::kDim>(row, Shape::kQueries, num_tokens, thread - kWarpThreads, kThreads - kWarpThreads);
   }
@@ -174,6 +180,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
     if (thread < kWarpThreads) {
       Feed::await_copied(rings);
       plan.next(shared.range, shared.part);
+      shared.has_unusual_weights = false;
       Feed::announce_part(rings);
     }
     sync_scorers<kThreads>();
@@ -189,14 +196,20 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
       shared.counts[thread] = 0;
       shared.row_scales[thread] = {1, 1};
     }
-    load_queries<Keys, Mma, kHeads, kPerMma, kTerms, kThreads>(
-        queries, part.group.row, size, operands, shared.weights, shared.folded, shared.row_scales);
+    const Weights<kHeads> put_weights = {shared.weights, shared.folded, &shared.has_unusual_weights};
+    load_queries<Keys, Mma, kHeads, kPerMma, kTerms, kThreads>(queries, part.group.row, size, operands, put_weights);
     Mma::publish();
     if (this_thread() % kWarpThreads == 0) Feed::announce_loaded(rings);
     sync_scorers<kThreads>();
+    if (shared.has_unusual_weights) {
+      scale_weights<kHeads, kThreads>(put_weights, size, shared.row_scales);
+      sync_scorers<kThreads>();
+    }
 
     // --- score ------------------------------------------------------------------------------------------------------
     feed.begin(part, rings);
+    // Where the part's lists begin in the workspace, in keys: fewer registers than a pointer.
+    const uint32_t lists = static_cast<uint32_t>(space.collected(this_block(), 0, part.is_first) - space.candidates(0, 0));
     const auto score_tile = [&]() {
       const int first_entry = static_cast<int>(feed.next() + lane / 4);  // that the lane finishes
       uint32_t a[kHalves][Keys::kSteps][4];
@@ -279,8 +292,8 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
           } else {
             const bool passes = is_mine && !(value < shared.score_thresholds[query + i]);
             if (__any_sync(kFullWarp, passes)) {
-              uint64_t key = kNoCandidate;
-              if (passes && entry < shared.lens[query + i]) key = key_of(value, static_cast<uint32_t>(entry));
+              uint64_t key = key_of(value, static_cast<uint32_t>(entry));
+              if (!passes || entry >= shared.lens[query + i]) key = kNoCandidate;
               const bool is_candidate = key >= shared.thresholds[query + i];
               uint32_t place = 0;
               if constexpr (kPerMma == 1) {  // all lanes have the same query: they take their places together
@@ -290,7 +303,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
               } else if (is_candidate) {
                 place = atomicAdd(&shared.counts[query + i], 1u);
               }
-              if (is_candidate) space.candidates(this_block(), query + i)[place] = key;
+              if (is_candidate) space.candidates(0, 0)[lists + (query + i) * Shape::kCapacity + place] = key;
             }
           }
         }
@@ -318,7 +331,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
         const int count = static_cast<int>(shared.counts[q]);
         const int room = Shape::kFull - top_k;
         if (4 * (count - top_k) < room) continue;
-        uint64_t* const list = space.candidates(this_block(), q);
+        uint64_t* const list = space.collected(this_block(), q, part.is_first);
         HeldKeys held(team, list, count);
         const uint64_t threshold = held.threshold(team, top_k, room / 8);
         const int left = held.collect(team, threshold, kNoCandidate, list);
@@ -343,7 +356,13 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
                                              team_index * max(power_of_two_at_least(top_k), kWarpThreads);
     for (uint32_t q = team_index; team_index < Shape::kTeams && q < size; q += Shape::kTeams) {
       const int count = static_cast<int>(shared.counts[q]);
-      uint64_t* const candidates = space.candidates(this_block(), q);
+      uint64_t* const candidates = space.collected(this_block(), q, part.is_first);
+      const Front front(top_k, part.parts);
+      PartList& list = part.is_first ? space.first_list(this_block(), q) : space.later_list(this_block(), q);
+      if (is_split && space.is_apart() && count <= front.whole) {
+        if (team.rank == 0) list = {kNoCandidate, count, true};
+        continue;
+      }
       LastKeys held = [&] {
         if constexpr (kIsRoomy) {
           uint64_t* const place = ordered + Shape::kMaxTopK;
@@ -359,7 +378,8 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
         }
       }();
       const int room = !is_split ? top_k : part.is_first ? Shape::kCapacity : space.later_capacity();
-      const uint64_t threshold = count > room ? held.threshold(team, top_k, 0) : kAnyCandidate;
+      const bool fits = count <= room || is_split && space.is_apart();
+      const uint64_t threshold = fits ? kAnyCandidate : held.threshold(team, top_k, 0);
       if (!is_split) {
         const int64_t row = part.group.row + q;
         const auto slot_of = [&](uint32_t entry) {
@@ -368,21 +388,26 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
           const uint32_t block = pages.clamp(sequence.find(pages, entry));
           return static_cast<int32_t>(block * Block::kEntries + entry % Block::kEntries);
         };
+        team.sync();
         const int kept = held.emit_in_order(
             team, threshold, ordered, [&](uint64_t key) { return results.sortable(key); },
             [&](int place, uint64_t value) { results.write(row, place, value, slot_of); });
         results.fill(team, row, kept);
       } else {
-        const Front front(top_k, part.parts);
-        const int kept = count > room ? top_k : count;
+        const int kept = fits ? count : top_k;
+        if (space.is_apart() && team.rank == 0) team.scratch.total = 0;
         team.sync();  // all have read what the last threshold left in the team's memory
         const uint64_t bound =
             kept > front.most ? held.threshold(team, front.least, front.most - front.least) : kNoCandidate;
-        uint64_t* const list = part.is_first ? candidates : space.later_part(this_block(), q);
-        const int in_front = held.collect(team, threshold, bound, list);
-        if (team.rank == 0) {
-          (part.is_first ? space.first_list(this_block(), q) : space.later_list(this_block(), q)) = {bound, in_front, kept};
+        uint64_t* const target = space.front(this_block(), q, part.is_first);
+        int written = kept;
+        if (space.is_apart()) {
+          written = held.gather(team, max(bound, kAnyCandidate), target);
+        } else {
+          held.collect(team, threshold, bound, target);  // the whole list, with the front first
         }
+        for (int i = written + team.rank; i < front.most; i += kTeamThreads) target[i] = kNoCandidate;
+        if (team.rank == 0) list = {bound, kept, false};
       }
       team.sync();
     }

@@ -47,11 +47,15 @@ struct Team {
   static constexpr int kWarps = kThreads / kWarpThreads;
   static_assert(kThreads % kWarpThreads == 0 && kWarps <= 32, "whole warps, one lane for each");
 
-  static constexpr int kBins = 256;
+  static constexpr int kBins = 256, kOrderBins = 2 * kBins;
 
   struct Scratch {
-    alignas(16) uint32_t bins[2][kBins];
-    uint32_t low, high, least_top;  // ranks
+    alignas(16) uint32_t bins[kOrderBins];
+    struct {
+      int32_t bin;  // that holds the wanted key; -1: it lies below all bins
+      uint32_t beyond, reached;  // keys behind it, and with it
+    } found;
+    uint32_t low, high;  // a range
     uint32_t total;
     uint32_t crowd;  // keys in the fullest bin
   };
@@ -166,74 +170,101 @@ struct Selection : Keys {
 
   // The largest threshold that at least `wanted` keys reach; or any that `wanted` to `wanted + slack` do. `wanted` must
   // not exceed the number of keys. Members may return while others still read the team's memory.
+  __device__ __forceinline__ uint64_t threshold(const Members& team, uint32_t wanted, uint32_t slack) {
+    uint32_t top = 0;
+#pragma unroll kUnrolled
+    for (int i = 0; i < this->rounds(); ++i) top = ::max(top, rank_of_key(this->key(team, i)));
+    top = __reduce_max_sync(kFullWarp, top);
+    for (int i = team.rank; i < Members::kBins; i += kThreads) team.scratch.bins[i] = 0;
+    if (team.rank == 0) team.scratch.high = 0;
+    team.sync();
+    if (team.rank % kWarpThreads == 0) atomicMax(&team.scratch.high, top);
+    team.sync();
+    top = team.scratch.high;
+    return threshold_from(team, wanted, slack, likely_bottom(top), top);
+  }
+
+  // A rank that the wanted keys are likely to have at the least: they are scores of the best one's last three binades. Bins
+  // resolve these well.
+  __device__ __forceinline__ static uint32_t likely_bottom(uint32_t top) {
+    constexpr uint32_t kBinades = 3 << 23;
+    return top > kBinades ? top - kBinades : 0;
+  }
+
+  // The same where no key has a higher rank than `top`, and the wanted ones are likely to have the rank `bottom` at the least.
+  // The team's first bins are 0.
   //
   // Each round counts the keys of kBins equal stretches of what is left of the range, and goes on with the stretch that
-  // holds the wanted one: two rounds or three where keys are spread, eight at the most.
-  __device__ __forceinline__ uint64_t threshold(const Members& team, uint32_t wanted, uint32_t slack) {
+  // holds the wanted one: one round where there is slack, two or three where there is none, ten at the most.
+  __device__ __forceinline__ uint64_t threshold_from(
+      const Members& team, uint32_t wanted, uint32_t slack, uint32_t bottom, uint32_t top) {
     constexpr int kBins = Members::kBins, kPerLane = kBins / kWarpThreads;
     typename Members::Scratch& scratch = team.scratch;
     const int lane = team.rank % kWarpThreads;
-    uint32_t top = 0, bottom = ~0u;
-#pragma unroll kUnrolled
-    for (int i = 0; i < this->rounds(); ++i) {
-      const uint64_t key = this->key(team, i);
-      top = ::max(top, rank_of_key(key));
-      if (key != kNoCandidate) bottom = ::min(bottom, rank_of_key(key));
-    }
-    // No key below the least of some sets' largest is wanted, if there are as many sets as wanted keys: of the warps, or of
-    // the threads. To count them all in a few bins would take most of the time.
-    uint32_t least_top = wanted <= kThreads ? top : 0;
-    top = __reduce_max_sync(kFullWarp, top), bottom = __reduce_min_sync(kFullWarp, bottom);
-    least_top = wanted <= Members::kWarps ? top : __reduce_min_sync(kFullWarp, least_top);
-    for (int i = team.rank; i < kBins; i += kThreads) scratch.bins[0][i] = 0;
-    if (team.rank == 0) scratch.low = ~0u, scratch.high = 0, scratch.least_top = ~0u;
-    team.sync();
-    if (lane == 0) {
-      atomicMin(&scratch.low, bottom), atomicMax(&scratch.high, top), atomicMin(&scratch.least_top, least_top);
-    }
-    team.sync();
-    uint64_t low = static_cast<uint64_t>(::max(scratch.low, scratch.least_top)) << 32;
-    uint64_t high = static_cast<uint64_t>(scratch.high) << 32 | 0xFFFFFFFFu;
+    uint64_t low = static_cast<uint64_t>(bottom) << 32, high = static_cast<uint64_t>(top) << 32 | 0xFFFFFFFFu;
     if (low == kNoCandidate) low = kAnyCandidate;
     uint32_t above = 0;  // keys beyond `high`
-    for (int round = 0;; ++round) {  // at least `wanted` reach `low`, fewer lie beyond `high`
+    for (int round = 0;; ++round) {  // fewer than `wanted` lie beyond `high`
       const int width = 64 - __clzll(static_cast<int64_t>(high - low));
       const int shift = ::max(width - 8, 0);
-      uint32_t* const bins = scratch.bins[round & 1];
+      uint32_t* const bins = scratch.bins + (round & 1) * kBins;
 #pragma unroll kUnrolled
       for (int i = 0; i < this->rounds(); ++i) {
         const uint64_t key = this->key(team, i);
         if (key >= low && key <= high) atomicAdd(&bins[(key - low) >> shift], 1u);
       }
       team.sync();
-      // Every warp finds the bin for itself. Lane l has bins of the l-th stretch from the top.
-      const uint4* mine = reinterpret_cast<const uint4*>(bins + (kWarpThreads - 1 - lane) * kPerLane);
-      const uint4 lower = mine[0], upper = mine[1];
-      const uint32_t counts[kPerLane] = {upper.w, upper.z, upper.y, upper.x, lower.w, lower.z, lower.y, lower.x};
-      uint32_t sum = 0;
+      uint32_t* const next = scratch.bins + (~round & 1) * kBins;
+      if (team.rank >= kWarpThreads) {
+        for (int i = team.rank - kWarpThreads; i < kBins; i += kThreads - kWarpThreads) next[i] = 0;
+      } else {  // One warp finds the bin. Lane l has bins of the l-th stretch from the top.
+        const uint4* mine = reinterpret_cast<const uint4*>(bins + (kWarpThreads - 1 - lane) * kPerLane);
+        const uint4 lower = mine[0], upper = mine[1];
+        const uint32_t counts[kPerLane] = {upper.w, upper.z, upper.y, upper.x, lower.w, lower.z, lower.y, lower.x};
+        uint32_t sum = 0;
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) sum += counts[i];
-      const uint32_t reach = sum_up_to(lane, sum);  // keys in this lane's bins and those above
-      const uint32_t lanes = __ballot_sync(kFullWarp, above + reach >= wanted);
-      const int owner = __ffs(static_cast<int>(lanes)) - 1;
-      int bin = (kWarpThreads - lane) * kPerLane - 1;
-      uint32_t beyond = above + reach - sum;
-      bool is_found = false;
+        for (int i = 0; i < kPerLane; ++i) sum += counts[i];
+        const uint32_t reach = above + sum_up_to(lane, sum);  // keys in this lane's bins and those above
+        const uint32_t lanes = __ballot_sync(kFullWarp, reach >= wanted);
+        if (lane == (lanes ? __ffs(static_cast<int>(lanes)) - 1 : kWarpThreads - 1)) {
+          int bin = (kWarpThreads - lane) * kPerLane;
+          uint32_t beyond = 0, reached = reach - sum;
 #pragma unroll
-      for (int i = 0; i < kPerLane - 1; ++i) {
-        is_found |= beyond + counts[i] >= wanted;
-        if (!is_found) beyond += counts[i], --bin;
+          for (int i = 0; i < kPerLane; ++i) {
+            if (reached < wanted) beyond = reached, reached += counts[i], --bin;
+          }
+          scratch.found = {lanes ? bin : -1, beyond, reached};
+        }
       }
-      bin = __shfl_sync(kFullWarp, bin, owner);
-      above = __shfl_sync(kFullWarp, beyond, owner);
-      const uint32_t reached = above + bins[bin];
+      team.sync();
+      const auto [bin, beyond, reached] = scratch.found;
+      if (bin < 0) {  // too few reach `low`: the rest of the range is next
+        above = reached, high = low - 1, low = kAnyCandidate;
+        continue;
+      }
+      above = beyond;
       low += static_cast<uint64_t>(bin) << shift;
       if (high - low >> shift) high = low + ((1ull << shift) - 1);  // a sum that does not run over
       if (reached <= wanted + slack || low == high) return low;
-      uint32_t* const next = scratch.bins[(round + 1) & 1];
-      for (int i = team.rank; i < kBins; i += kThreads) next[i] = 0;
-      team.sync();
     }
+  }
+
+  // Write the keys from `threshold` (at least kAnyCandidate) on to `target`, where none of them lies, in any order, and
+  // return how many there are. The team's total is 0.
+  __device__ __forceinline__ int gather(const Members& team, uint64_t threshold, uint64_t* target) {
+    const int lane = team.rank % kWarpThreads;
+#pragma unroll kUnrolled
+    for (int i = 0; i < this->rounds(); ++i) {
+      const uint64_t key = this->key(team, i);
+      const uint32_t peers = __ballot_sync(kFullWarp, key >= threshold);
+      if (peers == 0) continue;
+      uint32_t place = 0;
+      if (lane == 0) place = atomicAdd(&team.scratch.total, static_cast<uint32_t>(__popc(peers)));
+      place = __shfl_sync(kFullWarp, place, 0) + __popc(peers & ((1u << lane) - 1));
+      if (key >= threshold) target[place] = key;
+    }
+    team.sync();
+    return static_cast<int>(team.scratch.total);
   }
 
   // Write keys from `threshold` (at least kAnyCandidate) on to `target`, in any order but that those from `bound` on come
@@ -268,19 +299,22 @@ struct Selection : Keys {
   }
 
   // Call emit(place, transform(key)) for the keys from `threshold` on, place 0 for the smallest transformed value, and
-  // return how many there are. `space` [at least 32, and power_of_two_at_least(that many)], shared memory.
+  // return how many there are. Nobody reads the team's memory any more. `space` [at least 32, and
+  // power_of_two_at_least(that many)], shared memory.
   //
   // Values take the place of the keys. They are spread over bins by their upper words and ranked within their bin; where
   // they crowd in few bins they are sorted.
   template <class Transform, class Emit>
   __device__ __forceinline__ int emit_in_order(
       const Members& team, uint64_t threshold, uint64_t* space, const Transform& transform, const Emit& emit) {
-    constexpr int kBins = 2 * Members::kBins, kPerLane = kBins / kWarpThreads;
+    constexpr int kBins = Members::kOrderBins, kPerLane = kBins / kWarpThreads;
     constexpr uint32_t kCrowd = 32;
     typename Members::Scratch& scratch = team.scratch;
-    uint32_t* const bins = scratch.bins[0];
+    uint32_t* const bins = scratch.bins;
     const int lane = team.rank % kWarpThreads;
     const auto word_of = [](uint64_t value) { return static_cast<uint32_t>(value >> 32); };
+    for (int i = team.rank; i < kBins; i += kThreads) bins[i] = 0;
+    if (team.rank == 0) scratch.low = ~0u, scratch.high = 0;
     uint32_t top = 0, bottom = ~0u;
 #pragma unroll kUnrolled
     for (int i = 0; i < this->rounds(); ++i) {
@@ -290,9 +324,6 @@ struct Selection : Keys {
       bottom = ::min(bottom, word_of(value));
     }
     top = __reduce_max_sync(kFullWarp, top), bottom = __reduce_min_sync(kFullWarp, bottom);
-    team.sync();
-    for (int i = team.rank; i < kBins; i += kThreads) bins[i] = 0;
-    if (team.rank == 0) scratch.low = ~0u, scratch.high = 0;
     team.sync();
     if (lane == 0) atomicMin(&scratch.low, bottom), atomicMax(&scratch.high, top);
     team.sync();

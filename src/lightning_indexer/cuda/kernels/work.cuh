@@ -137,41 +137,17 @@ struct Planner {
   static_assert(!kIsListed || kQueries == 1, "each query has a list of its own");
   const Rows& rows;
 
-  // Find this block's range. One warp calls it: a lane walks its share of the rows.
+  // Find this block's range. One warp calls it. It takes as long as its instructions, one after the other, so units have 32
+  // bits where that is enough.
   __device__ __forceinline__ void find_range(Range& range) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
-    const int each = (rows.count + kWarpThreads - 1) / kWarpThreads;
-    const int from = min(lane * each, rows.count), to = min(from + each, rows.count);
-
-    int run = -1;  // where the run of equal seq_ids that row `from` continues began
-    if (kQueries > 1) {
-      for (int i = from; i < to; ++i) {
-        if (i == 0 || rows.seq(i) != rows.seq(i - 1)) run = i;
-      }
-      run = exclusive_scan(run, lane, [](int a, int b) { return a > b ? a : b; }, -1);
+    // No group has more units than twice the tiles of its queries.
+    const int64_t most_entries = rows.max_entries + (kIsListed ? rows.lists.block_entries() : 0);
+    const int64_t most_units = static_cast<int64_t>(2) * rows.count * (most_entries / kTile + 1);
+    if (most_units >> 31 == 0) {
+      find_range_in<uint32_t>(range);
+    } else {
+      find_range_wide(rows, range);
     }
-    int64_t mine = 0;
-    uint32_t largest = 0, groups = 0;
-    walk(from, to, run, [&](int i) {
-      const int64_t more = cost(one_group(i));
-      mine += more, largest = max(largest, static_cast<uint32_t>(more)), ++groups;
-    });
-    const int64_t before = exclusive_scan(mine, lane, [](int64_t a, int64_t b) { return a + b; }, int64_t{0});
-    const int64_t total = __shfl_sync(kFullWarp, before + mine, kWarpThreads - 1);
-    largest = __reduce_max_sync(kFullWarp, largest), groups = __reduce_add_sync(kFullWarp, groups);
-    const int64_t share = fair_share(total, largest, groups);
-    const int64_t begin = this_block() * share, end = begin + share < total ? begin + share : total;
-    if (lane == 0) range = {share, begin, end, end, 0, 0};  // nothing to do, unless a group is found
-    __syncwarp();
-    if (begin >= before && begin < before + mine) {
-      int64_t at = before;
-      walk(from, to, run, [&](int i) {
-        const int64_t next = at + cost(one_group(i));
-        if (begin >= at && begin < next) range.start = at, range.row = i;
-        at = next;
-      });
-    }
-    __syncwarp();
   }
 
   // The next part of this block. One warp calls it.
@@ -188,25 +164,71 @@ struct Planner {
     const bool differs = !is_row || seq != first_seq;
     const int size = __ffs(static_cast<int>(__ballot_sync(kFullWarp, differs))) - 1;
     const int longest = __reduce_max_sync(kFullWarp, lane < size ? rows.len(row) : 0);
-    if (lane != 0) return;
-    part.is_none = false;
-    part.group = {row, size, seq, longest};
+    const Group group = {range.row, size, first_seq, longest};
     const int64_t begin = range.begin, end = range.end, start = range.start;
-    const int64_t each = unit(size), stop = start + cost(part.group);
-    part.begin = begin > start ? static_cast<int>(divide(begin - start + each - 1, each)) : 0;
-    part.end = static_cast<int>(divide((end < stop ? end : stop) - start + each - 1, each));
-    part.is_first = begin <= start;
-    part.is_last = stop <= end;
-    part.last_block = static_cast<int>(divide(stop - 1, range.share));
-    part.parts = part.last_block - static_cast<int>(divide(start, range.share)) + 1;
-    part.number = range.number;
-    range.number += part.end - part.begin;
-    range.row = row + size;
+    const int64_t each = unit(size), stop = start + cost(group);
+    // Four quotients at once, one per lane: where the part begins and ends, the first and the last block of the group.
+    const int64_t from = begin > start ? begin - start + each - 1 : 0;
+    const int64_t to = (end < stop ? end : stop) - start + each - 1;
+    const int64_t dividend = lane == 0 ? from : lane == 1 ? to : lane == 2 ? start : stop - 1;
+    const int quotient = static_cast<int>(divide(dividend, lane < 2 ? each : range.share));
+    const int part_end = __shfl_sync(kFullWarp, quotient, 1);
+    const int first_block = __shfl_sync(kFullWarp, quotient, 2), last_block = __shfl_sync(kFullWarp, quotient, 3);
+    if (lane != 0) return;
+    part = {group,       quotient,      part_end, begin <= start, stop <= end, false, last_block,
+            last_block - first_block + 1, range.number};
+    range.number += part_end - quotient;
+    range.row += size;
     range.start = stop;
   }
 
  private:
+  // Apart, so that what is seldom called need not be fetched.
+  __device__ __noinline__ static void find_range_wide(Rows rows, Range& range) {
+    Planner{rows}.template find_range_in<int64_t>(range);
+  }
+
+  // A lane walks its share of the rows.
+  template <class Units>
+  __device__ __forceinline__ void find_range_in(Range& range) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
+    const int each = (rows.count + kWarpThreads - 1) / kWarpThreads;
+    const int from = min(lane * each, rows.count), to = min(from + each, rows.count);
+
+    int run = -1;  // where the run of equal seq_ids that row `from` continues began
+    if (kQueries > 1) {
+      for (int i = from; i < to; ++i) {
+        if (i == 0 || rows.seq(i) != rows.seq(i - 1)) run = i;
+      }
+      run = exclusive_scan(run, lane, [](int a, int b) { return a > b ? a : b; }, -1);
+    }
+    Units mine = 0;
+    uint32_t largest = 0, groups = 0;
+    walk(from, to, run, [&](int i) {
+      const Units more = static_cast<Units>(cost(one_group(i)));
+      mine += more, largest = max(largest, static_cast<uint32_t>(more)), ++groups;
+    });
+    const Units before = exclusive_scan(mine, lane, [](Units a, Units b) { return a + b; }, Units{0});
+    const Units total = __shfl_sync(kFullWarp, before + mine, kWarpThreads - 1);
+    largest = __reduce_max_sync(kFullWarp, largest), groups = __reduce_add_sync(kFullWarp, groups);
+    const Units share = fair_share<Units>(total, largest, groups);
+    const int64_t begin = static_cast<int64_t>(this_block()) * share;
+    const int64_t end = begin + share < total ? begin + share : total;
+    if (lane == 0) range = {share, begin, end, end, 0, 0};  // nothing to do, unless a group is found
+    __syncwarp();
+    if (begin >= before && begin < before + mine) {
+      Units at = before;
+      walk(from, to, run, [&](int i) {
+        const Units next = at + static_cast<Units>(cost(one_group(i)));
+        if (begin >= at && begin < next) range.start = at, range.row = i;
+        at = next;
+      });
+    }
+    __syncwarp();
+  }
+
   // a / b, rounded down, of numbers that seldom need 64 bits.
+  __device__ __forceinline__ static uint32_t divide(uint32_t a, uint32_t b) { return a / b; }
   __device__ __forceinline__ static int64_t divide(int64_t a, int64_t b) {
     return (a | b) >> 31 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : divide_wide(a, b);
   }
@@ -215,12 +237,13 @@ struct Planner {
   // Units of a block: an equal part, but no less than occupies its warpgroups. Where there are no more groups than
   // blocks, each is cut into as many equal parts as there are blocks for it, or stays whole if that is no later: a cut
   // costs as much as kCutTiles (measured: merging, and a second start, on an H100).
-  __device__ __forceinline__ static int64_t fair_share(int64_t total, int64_t largest, int64_t groups) {
-    constexpr int64_t kCutTiles = 36 * 64 / kTile;
-    const int64_t blocks = all_blocks(), least = kMinTiles * unit(kQueries);
-    int64_t share = divide(total + blocks - 1, blocks);
+  template <class Units>
+  __device__ __forceinline__ static Units fair_share(Units total, Units largest, Units groups) {
+    constexpr Units kCutTiles = 36 * 64 / kTile;
+    const Units blocks = all_blocks(), least = kMinTiles * unit(kQueries);
+    Units share = divide(total + blocks - 1, blocks);
     if (groups <= blocks) {
-      const int64_t each = divide(blocks, groups), cut = divide(largest + each - 1, each);
+      const Units each = divide(blocks, groups), cut = divide(largest + each - 1, each);
       if (largest <= share + kCutTiles * unit(kQueries)) {
         share = largest;
       } else if (cut >= share && cut <= share + share / 8) {
@@ -230,18 +253,19 @@ struct Planner {
     return share < least ? least : share;
   }
 
-  __device__ __forceinline__ static int64_t unit(int size) {
+  __device__ __forceinline__ static int unit(int size) {
     return kQueries == 1 ? 1 : 1 + (size + kPerMma - 1) / kPerMma;
   }
 
   __device__ __forceinline__ int64_t cost(const Group& group) const {
     if constexpr (kIsListed) return tiles_of<kTile>(rows.lists.listed(group.longest) * rows.lists.block_entries());
-    return unit(group.size) * group.template tiles<kTile>();
+    return static_cast<int64_t>(unit(group.size)) * group.template tiles<kTile>();
   }
 
   // Calls visit(i) for every group that begins in rows `from` .. `to - 1`, in a run of equal seq_ids that began at `run`.
   template <class Visit>
   __device__ __forceinline__ void walk(int from, int to, int run, const Visit& visit) const {
+#pragma unroll 1
     for (int i = from; i < to; ++i) {
       if (kQueries > 1 && (i == 0 || rows.seq(i) != rows.seq(i - 1))) run = i;
       if (kQueries == 1 || (i - run) % kQueries == 0) visit(i);
@@ -275,13 +299,16 @@ struct Planner {
 // --- workspace ------------------------------------------------------------------------------------------------------
 
 // How many of a part's best candidates the merge reads at once: `least` to `most`. Twice the share of each part in the
-// top k and some more: parts are alike (`Walk`), so what lies behind is hardly ever wanted.
+// top k and some more: parts are alike (`Walk`), so what lies behind is hardly ever wanted. Or a lone query's whole list, if
+// the parts are few and it is no longer than `whole`.
 struct Front {
-  int least, most;
+  int least, most, whole;
 
-  __device__ __forceinline__ Front(int top_k, int parts)
-      : most(min(min(2 * ((top_k + parts - 1) / parts) + 16, merge_room(top_k) / parts), top_k)) {
+  __device__ __forceinline__ Front(int top_k, int parts) {
+    const int room = merge_room(top_k) / parts;
+    most = min(min(2 * ((top_k + parts - 1) / parts) + 16, room), top_k);
     least = most - most / 3;
+    whole = parts <= 4 ? room : 0;
   }
 
   // Candidates that a merging block holds. score_topk.py has the same.
@@ -292,23 +319,26 @@ struct Front {
 
 // What the blocks leave behind for the merge. Of block b: the candidates of the group it is at, `kQueries` lists of
 // `capacity` keys, where the first part of a split group stays; as many for a later part, of top_k keys where there are
-// several; what is in them, and what to merge. cuda/score_topk.py computes the size.
+// several; a lone query's fronts; what is in them, and what to merge. cuda/score_topk.py computes the size.
 struct SplitGroup {
   int32_t row, size, last_block;  // size 0: no group's first part ended here unfinished
 };
 
-// A part's best, at least the top k, `front` of them first: those from `bound` on, or all (kNoCandidate).
+// A part's best, at least the top k: `count` keys, those from `bound` on in front. Places in front that are left over hold
+// further keys or kNoCandidate. A whole list is where it was collected.
 struct PartList {
-  uint64_t bound;
-  int32_t front, count;
+  uint64_t bound;  // kNoCandidate: all are in front
+  int32_t count, is_whole;
 };
 
 struct Workspace {
   uint8_t* base;
   int32_t queries, capacity, top_k;
 
+  // A lone query's lists stay where they are collected, and what lies in front is written apart.
+  __device__ __forceinline__ bool is_apart() const { return queries == 1; }
   // Of a later part's list.
-  __device__ __forceinline__ int later_capacity() const { return queries == 1 ? capacity : top_k; }
+  __device__ __forceinline__ int later_capacity() const { return is_apart() ? capacity : top_k; }
 
   __device__ __forceinline__ uint64_t* candidates(int block, int query) const {
     return lists() + (static_cast<int64_t>(block) * queries + query) * capacity;
@@ -317,6 +347,16 @@ struct Workspace {
     return lists() + static_cast<int64_t>(all_blocks()) * queries * capacity +
            (static_cast<int64_t>(block) * queries + query) * later_capacity();
   }
+  // Where a part's candidates are collected.
+  __device__ __forceinline__ uint64_t* collected(int block, int query, bool is_first) const {
+    return is_apart() && !is_first ? later_part(block, query) : candidates(block, query);
+  }
+  // The front of a part, and how far it is from there to that of the next block's later part.
+  __device__ __forceinline__ uint64_t* front(int block, int query, bool is_first) const {
+    if (is_apart()) return fronts() + (2 * block + !is_first) * top_k;
+    return is_first ? candidates(block, query) : later_part(block, query);
+  }
+  __device__ __forceinline__ int front_stride() const { return is_apart() ? 2 * top_k : queries * later_capacity(); }
   __device__ __forceinline__ PartList& first_list(int block, int query) const {
     return part_lists()[block * queries + query];
   }
@@ -330,8 +370,10 @@ struct Workspace {
  private:
   __device__ __forceinline__ uint64_t* lists() const { return reinterpret_cast<uint64_t*>(base); }
   __device__ __forceinline__ PartList* part_lists() const {
-    return reinterpret_cast<PartList*>(
-        lists() + static_cast<int64_t>(all_blocks()) * queries * (capacity + later_capacity()));
+    return reinterpret_cast<PartList*>(fronts() + (is_apart() ? all_blocks() * 2 * top_k : 0));
+  }
+  __device__ __forceinline__ uint64_t* fronts() const {
+    return lists() + static_cast<int64_t>(all_blocks()) * queries * (capacity + later_capacity());
   }
 };
 
