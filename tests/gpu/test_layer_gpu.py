@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_keep_dense import stored_weights
 from test_layer import CSA, HCA, SWA, random_weights, tiny_config
 from typer.testing import CliRunner
 
@@ -235,6 +236,24 @@ def test_a_step_that_is_not_static_is_not_captured() -> None:
     ):
         block(x, cache)
     assert block(x, cache).isfinite().all()
+
+
+@KINDS
+def test_a_dense_layer_gives_the_same_bits_as_one_of_fp8_weights(layer: int) -> None:
+    block, stored, dense = make_decoder(layer, "mxfp4")
+    block.load_weights({name: weight.cuda() for name, weight in stored_weights(CONFIG, layer).items()})
+    xs, outputs = torch.randn(5, 3, CONFIG.hidden_size).cuda().bfloat16(), []
+    for cache in (stored, dense):
+        if cache is dense:
+            block.keep_dense()
+        for x in xs:
+            cache.begin_step([2, 0, 1], [1, 1, 1], static=True)
+            outputs.append(block(x, cache))
+    got, want = torch.stack(outputs[len(xs) :]), torch.stack(outputs[: len(xs)])
+    assert torch.equal(got, want), f"worst difference {(got - want).abs().max():.1e}"
+    wanted = everything(stored)
+    different = [name for name, tensor in everything(dense).items() if not torch.equal(tensor, wanted[name])]
+    assert not different
 
 
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "fp8", "bf16"])

@@ -43,7 +43,10 @@ class AttentionSubBlock(LoadedModule):
         self.linears = torch.nn.ModuleDict()
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take what `load_attention_weights` returns; a linear layer keeps the format it is stored in."""
+        """Take what `load_attention_weights` returns; a linear layer keeps the format it is stored in.
+
+        `keep_dense` multiplies it out.
+        """
         config = self.config
         heads, grouped = config.num_heads * config.head_dim, config.o_groups * config.o_lora_rank
         sizes = {
@@ -73,6 +76,10 @@ class AttentionSubBlock(LoadedModule):
         self.linears.update(loaded)
         for name in norms:
             self.put(name.removesuffix(".weight"), weights[name])
+
+    def _check_keepable(self, dtype: torch.dtype) -> None:
+        """Raise unless the weights are loaded."""
+        self._linear("wq_a")
 
     @torch.no_grad()
     def forward(self, x: Tensor, cache: LayerCacheHandle, *, indices: Tensor | None = None) -> Tensor:

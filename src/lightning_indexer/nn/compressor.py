@@ -77,6 +77,16 @@ class Compressor(LoadedModule):
                 raise KeyError(f"Compressor: {name} is missing, got {sorted(weights)}")
             check_tensor("Compressor", name, weights[name], dtype=_FLOATS, shape=shape)
 
+    def _check_keepable(self, dtype: torch.dtype) -> None:
+        """Raise unless the projections are loaded."""
+        self.get("wkv")
+
+    def _keep_own(self, dtype: torch.dtype) -> None:
+        """Hold the projections in fp32, which they are multiplied in whatever x is."""
+        for name in ("wkv", "wgate"):
+            if name in self._buffers:  # V4.1 has no gate at ratio 1
+                self.put(name, self.get(name).float())
+
     @full_float32()
     def forward(self, x: Tensor, step: Step, state: TokenRing) -> Tensor:
         """Feed the step's tokens and get the entries they complete.

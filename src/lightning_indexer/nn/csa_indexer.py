@@ -75,6 +75,10 @@ class CSAIndexer(LoadedModule):
             self.compressor.load_weights(strip(weights, "compressor."))
         self.wq_b, self.weights_proj = wq_b, weights_proj
 
+    def _check_keepable(self, dtype: torch.dtype) -> None:
+        """Raise unless the weights are loaded."""
+        self._query_linears()
+
     @torch.no_grad()
     def forward(self, c_Q: Tensor, h_t: Tensor, cache: LayerCacheHandle, *, latents: Tensor | None = None) -> Tensor:
         """Write the index keys that this step completes, then choose each token's entries.
@@ -132,22 +136,25 @@ class CSAIndexer(LoadedModule):
 
     def query(self, c_Q: Tensor, h_t: Tensor, positions: Tensor, format: str) -> tuple[Tensor | QuantizedQuery, Tensor]:
         """Queries [T, H, D] in the cache's `format` and fp32 weights [T, H] with both scale factors folded in."""
-        if self.wq_b is None or self.weights_proj is None:
-            raise WeightsNotLoaded("CSAIndexer: wq_b and weights_proj are not loaded (call load_weights first)")
-
-        if isinstance(self.wq_b, Nvfp4Linear) and self.wq_b.output_format is not None:
-            q, format = self.wq_b.dense(c_Q), self.wq_b.output_format
+        wq_b, weights_proj = self._query_linears()
+        if isinstance(wq_b, Nvfp4Linear) and wq_b.output_format is not None:
+            q, format = wq_b.dense(c_Q), wq_b.output_format
         else:
-            q = self.wq_b(c_Q)
+            q = wq_b(c_Q)
         return indexer_query(
             q.unflatten(-1, (self.num_heads, self.head_dim)),
-            self.weights_proj(h_t),
+            weights_proj(h_t),
             positions,
             self.frequencies.on(q.device),
             format=format if format in QUERY_FORMATS else None,
             rotate=self.rotate,
             weight_scale=self.head_dim**-0.5 * self.num_heads**-0.5,
         )
+
+    def _query_linears(self) -> tuple[Linear, Linear]:
+        if self.wq_b is None or self.weights_proj is None:
+            raise WeightsNotLoaded("CSAIndexer: wq_b and weights_proj are not loaded (call load_weights first)")
+        return self.wq_b, self.weights_proj
 
     def _keys(self, latents: Tensor, cache: LayerCacheHandle) -> Tensor:
         """[E, D]: V4.1's index keys of the step's entries."""

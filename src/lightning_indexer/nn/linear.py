@@ -1,6 +1,7 @@
 """Linear layers as checkpoints store them: dense, FP8 in blocks, NVFP4.
 
 All compute y = x W^T in x's dtype, without bias. Weights come from `load_weights`; calling a layer before raises.
+Quantised ones are multiplied out at every call, or once by `keep_dense`.
 """
 
 from collections.abc import Mapping
@@ -9,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_indexer.checks import check_tensor
+from lightning_indexer.checks import check_choice, check_tensor
 from lightning_indexer.formats import FP8_BLOCK, NVFP4_GROUP, V41_FP8_BLOCK, dequantize, dequantize_block_fp8
 from lightning_indexer.query import QuantizedQuery, quantize_query
+
+_FLOATS = (torch.bfloat16, torch.float32, torch.float16)
 
 
 class WeightsNotLoaded(RuntimeError):
@@ -36,9 +39,45 @@ class LoadedModule(nn.Module):
             raise WeightsNotLoaded(f"{type(self).__name__}: {name} is not loaded (call load_weights first)")
         return tensor
 
+    def hold(self, **tensors: Tensor) -> None:
+        """Set the module's tensors; others that it had are dropped."""
+        self._buffers.clear()
+        for name, tensor in tensors.items():
+            self.put(name, tensor)
+
+    def keep_dense(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Multiply weights out now, of this module and of all its parts, instead of at every call.
+
+        What is called with x in `dtype` gives the same bits as before, and other x are refused. What was stored is
+        dropped: an FP8 weight then takes 2 bytes instead of 1, an NVFP4 weight 2 instead of 0.56, in fp32 4. The
+        projections of a compressor, which multiplies in fp32 whatever x is, are held in fp32 and serve every x.
+        `load_weights` undoes it. CUDA graphs that were captured before must be captured again.
+
+        Args:
+            dtype: bf16, fp32 or fp16.
+        Raises:
+            RuntimeError: there is nothing to keep (`WeightsNotLoaded`).
+            TypeError: a weight is kept in another dtype already. Nothing was changed.
+        """
+        check_choice(type(self).__name__, "dtype", dtype, _FLOATS)
+        parts = [part for part in self.modules() if isinstance(part, LoadedModule)]
+        for part in parts:
+            part._check_keepable(dtype)
+        for part in parts:
+            part._keep_own(dtype)
+
+    def _check_keepable(self, dtype: torch.dtype) -> None:
+        """Raise what `keep_dense` would raise of the module without its parts."""
+
+    def _keep_own(self, dtype: torch.dtype) -> None:
+        """`keep_dense` of the module without its parts."""
+
 
 class Linear(LoadedModule):
-    """A dense linear layer; the weight keeps the checkpoint's dtype and is cast to x's for the product."""
+    """A dense linear layer; the weight keeps the checkpoint's dtype and is cast to x's for the product.
+
+    `keep_dense` holds it as `kept` [out, in] instead of what was loaded.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -47,13 +86,35 @@ class Linear(LoadedModule):
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take `weight` [out, in], bf16, fp32 or fp16."""
         weight = _take(self, weights, "weight")
-        dtypes = (torch.bfloat16, torch.float32, torch.float16)
-        check_tensor("Linear", "weight", weight, dtype=dtypes, shape=(self.out_features, self.in_features))
-        self.put("weight", weight)
+        check_tensor("Linear", "weight", weight, dtype=_FLOATS, shape=(self.out_features, self.in_features))
+        self.hold(weight=weight)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """[out, in] in `dtype`."""
+        """[out, in] in `dtype`; once dense, in the dtype that is kept and no other."""
+        kept = self._buffers.get("kept")
+        if kept is None:
+            return self._multiply_out(dtype)
+        if kept.dtype != dtype:
+            raise TypeError(
+                f"{type(self).__name__}: weight is kept dense in {kept.dtype} and serves no other dtype, got {dtype} "
+                "(call load_weights again)"
+            )
+        return kept
+
+    def _multiply_out(self, dtype: torch.dtype) -> Tensor:
+        """[out, in] in `dtype`, of what was loaded."""
         return self.get("weight").to(dtype)
+
+    def _check_keepable(self, dtype: torch.dtype) -> None:
+        """Raise unless there is a weight, as it was loaded or kept in `dtype`."""
+        if "kept" in self._buffers:
+            self.dense_weight(dtype)
+        else:
+            self.get("weight")
+
+    def _keep_own(self, dtype: torch.dtype) -> None:
+        """Hold the dense weight instead of what was loaded."""
+        self.hold(kept=self.dense_weight(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in x's dtype."""
@@ -61,7 +122,10 @@ class Linear(LoadedModule):
 
 
 class Fp8BlockLinear(Linear):
-    """E4M3 weight with one UE8M0 scale per 128 x 128 block: W[i, j] * scale[i // 128, j // 128]. V4.1: 32 x 32."""
+    """E4M3 weight with one UE8M0 scale per 128 x 128 block: W[i, j] * scale[i // 128, j // 128]. V4.1: 32 x 32.
+
+    Multiplied out it is exact in bf16 where the scales are powers of two.
+    """
 
     block_size = FP8_BLOCK
 
@@ -76,12 +140,11 @@ class Fp8BlockLinear(Linear):
         blocks = _blocks(shape, block_size)
         check_tensor("Fp8BlockLinear", "weight", weight, dtype=torch.float8_e4m3fn, shape=shape)
         check_tensor("Fp8BlockLinear", "scale", scale, dtype=(torch.float8_e8m0fnu, torch.float32), shape=blocks)
-        self.put("weight", weight)
-        self.put("scale", scale)
+        self.hold(weight=weight, scale=scale)
         self.block_size = block_size
 
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """[out, in] in `dtype`: exact in bf16 where the scales are powers of two."""
+    def _multiply_out(self, dtype: torch.dtype) -> Tensor:
+        """[out, in] in `dtype`, of what was loaded."""
         return dequantize_block_fp8(self.get("weight"), self.get("scale"), dtype, block_size=self.block_size)
 
 
@@ -114,12 +177,10 @@ class Nvfp4Linear(Linear):
         shape = (rows, self.in_features // NVFP4_GROUP)
         check_tensor("Nvfp4Linear", "scale", scale, dtype=torch.float8_e4m3fn, shape=shape)
         check_tensor("Nvfp4Linear", "global_scale", global_scale, dtype=torch.float32, shape=())
-        self.put("weight", weight)
-        self.put("scale", scale)
-        self.put("global_scale", global_scale)
+        self.hold(weight=weight, scale=scale, global_scale=global_scale)
 
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """[out, in] in `dtype`."""
+    def _multiply_out(self, dtype: torch.dtype) -> Tensor:
+        """[out, in] in `dtype`, of what was loaded."""
         values = dequantize(self.get("weight"), self.get("scale").view(torch.uint8), "nvfp4")
         return (values * self.get("global_scale")).to(dtype)
 
