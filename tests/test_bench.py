@@ -12,7 +12,15 @@ from rich.console import Console
 from test_layer import tiny_config
 from typer.testing import CliRunner
 
-from lightning_indexer import AttentionSubBlock, CacheSchema, IndexerView, index_scores, quantize_query, score_topk
+from lightning_indexer import (
+    AttentionSubBlock,
+    CacheSchema,
+    Fp8BlockLinear,
+    IndexerView,
+    index_scores,
+    quantize_query,
+    score_topk,
+)
 from lightning_indexer.bench import command
 from lightning_indexer.bench import run as bench_run
 from lightning_indexer.bench.agreement import CPU_BAND, CUDA_BAND, CUDA_FP8_BAND, compare, promised_band
@@ -446,9 +454,10 @@ TINY_LAYER = layer.LayerCase(2, 600, config=tiny_config())
 
 
 def test_layer_records_lines_and_tables():
-    grid = [TINY_LAYER, replace(TINY_LAYER, weights="fp8")]
-    records = list(layer.run_grid(grid, Desk()))
-    assert [record["case"] for record in records] == ["layer-2x1-tokens600-bf16", "layer-2x1-tokens600-fp8"]
+    fp8 = replace(TINY_LAYER, weights="fp8")
+    records = list(layer.run_grid([TINY_LAYER, fp8, replace(fp8, dense=False)], Desk()))
+    names = [record["case"].removeprefix("layer-2x1-tokens600-") for record in records]
+    assert names == ["bf16-dense", "fp8-dense", "fp8"] and [r["dense"] for r in records] == [True, True, False]
     json.dumps(records)
     for record in records:
         assert list(record["stages_us"])[-1] == layer.WHOLE and record["begin_step_host_us"] > 0
@@ -458,7 +467,7 @@ def test_layer_records_lines_and_tables():
     for table in layer.tables(records):
         console.print(table)
     sums = [text.split() for text in console.file.getvalue().splitlines() if "sum of the stages" in text]
-    assert sums == [["sum", "of", "the", "stages", *["1.20", "ms"] * 3]] * 2, "12 stages of 100 us each"
+    assert sums == [["sum", "of", "the", "stages", *["1.20", "ms"] * 3]] * 3, "12 stages of 100 us each"
 
 
 def test_layer_stages_make_the_layer():
@@ -475,10 +484,19 @@ def test_layer_stages_make_the_layer():
         assert torch.equal(getattr(staged.cache, name).storage, getattr(called.cache, name).storage), name
 
 
+def test_layer_weights_are_dense_where_the_case_says_so():
+    fp8 = replace(TINY_LAYER, weights="fp8")
+    dense, stored = (layer.make_decode(case, CPU) for case in (fp8, replace(fp8, dense=False)))
+    assert {type(linear) for linear in stored.block.linears.values()} == {Fp8BlockLinear}
+    for decode, names in ((dense, {"kept"}), (stored, {"weight", "scale"})):
+        assert all({*dict(linear.named_buffers())} == names for linear in decode.block.linears.values())
+    assert torch.equal(dense.block(dense.x, dense.cache), stored.block(stored.x, stored.cache))
+
+
 def test_no_wrong_layer_is_timed(monkeypatch):
     desk, right = Desk(), AttentionSubBlock.window_kv
     monkeypatch.setattr(AttentionSubBlock, "window_kv", lambda *args: right(*args) * torch.nan)
-    with pytest.raises(AssertionError, match="layer-2x1-tokens600-bf16: the output has values that are not finite"):
+    with pytest.raises(AssertionError, match="tokens600-bf16-dense: the output has values that are not finite"):
         list(layer.run_grid([TINY_LAYER], desk))
     monkeypatch.setattr(AttentionSubBlock, "window_kv", right)
     monkeypatch.setattr(layer, "index_scores", lambda *args, **kwargs: -index_scores(*args, **kwargs))

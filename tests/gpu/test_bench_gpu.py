@@ -80,7 +80,7 @@ def test_bench_times_a_decode_step_of_a_layer(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
     (record,) = (json.loads(line) for line in (tmp_path / "layer.jsonl").read_text().splitlines())
-    assert record["case"] == "layer-2x1-tokens4096-bf16" and record["begin_step_host_us"] > 0
+    assert record["case"] == "layer-2x1-tokens4096-bf16-dense" and record["begin_step_host_us"] > 0
     assert all(times[mode]["median"] > 0 for times in record["stages_us"].values() for mode in times)
     assert "score_topk" in result.output and "whole step" in result.output
 

@@ -42,20 +42,28 @@ class LayerCase:
     """`num_seqs` sequences of `tokens` tokens each, which decode one more.
 
     Args:
-        weights: "bf16", or "fp8" as checkpoints store most of them, which are multiplied out at every use.
+        weights: "bf16", or "fp8" as checkpoints store most of them.
+        dense: `AttentionSubBlock.keep_dense` was called; else weights are multiplied out at every use.
     """
 
     num_seqs: int
     tokens: int
     weights: str = "bf16"
+    dense: bool = True
     config: DSV4Config = DSV4Config.v4_flash()
 
     @property
     def name(self) -> str:
-        return f"layer-{self.num_seqs}x1-tokens{self.tokens}-{self.weights}"
+        name = f"layer-{self.num_seqs}x1-tokens{self.tokens}-{self.weights}"
+        return f"{name}-dense" if self.dense else name
 
 
-GRID = (LayerCase(16, 32_768), LayerCase(16, 262_144), LayerCase(16, 32_768, weights="fp8"))
+GRID = (
+    LayerCase(16, 32_768),
+    LayerCase(16, 262_144),
+    LayerCase(16, 32_768, weights="fp8"),
+    LayerCase(16, 32_768, weights="fp8", dense=False),
+)
 QUICK_GRID = (LayerCase(2, 4_096),)
 
 
@@ -87,6 +95,7 @@ def run_grid(cases: Sequence[LayerCase], machine: Machine) -> Iterator[dict[str,
             "num_seqs": case.num_seqs,
             "tokens": case.tokens,
             "weights": case.weights,
+            "dense": case.dense,
             "index_format": decode.cache.paged.schema.format,
             "kv_format": decode.cache.kv_format,
             **shared,
@@ -108,6 +117,8 @@ def make_decode(case: LayerCase, device: torch.device) -> Decode:
 
     block = AttentionSubBlock(config, layer)
     block.load_weights(_make_weights(config, layer, case.weights, random))
+    if case.dense:
+        block.keep_dense()
     most = case.tokens + 2 * _HOST_STEPS
     columns = -(-most // (config.layer_compress_ratio(layer) * _ENTRIES_PER_BLOCK))
     cache = LayerCacheHandle(
