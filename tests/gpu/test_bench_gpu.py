@@ -68,7 +68,7 @@ def test_bench_checks_times_and_draws(name: str, tmp_path: Path) -> None:
     assert records and all(name in record["case"] for record in records)
     for record in records:
         assert record["median_us"] > 0 and record["peak_given_bytes"] == 0, record
-        assert 0 < record["host_us"]["median"] < record["eager_cold_us"]["median"], record
+        assert record["host_us"]["median"] > 0, record
         if record["kind"] == "decode":
             assert record["peak_alone_bytes"] >= record["output_bytes"]
             assert record["agreement"]["agreeing"] == record["agreement"]["choices"]
