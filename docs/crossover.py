@@ -1,15 +1,15 @@
-"""Write the tables of when-not-to-use-it.md from the measurements in benchmarks/results/.
+"""Write the tables of pages from the measurements in benchmarks/results/.
 
     python docs/crossover.py
 
-`make docs` does so too, and a test fails while the page holds anything else.
+`make docs` does so too, and a test fails while a page holds anything else.
 """
 
 import json
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-PAGE = DOCS / "when-not-to-use-it.md"
+WHEN_NOT, LAYER = DOCS / "when-not-to-use-it.md", DOCS / "layer.md"
 RESULTS = DOCS.parent / "benchmarks" / "results"
 EQUAL = 1.1  # times whose ratio is below this are called equal: the repetitions of one case differ by as much
 
@@ -17,7 +17,7 @@ EQUAL = 1.1  # times whose ratio is below this are called equal: the repetitions
 def cpu_table(records: list[dict]) -> list[str]:
     """Every case beside transformers' eager indexer."""
     rows = ["| queries x entries | keys, k | `score_topk` | transformers, eager | less time |", "|---|---|---|---|---|"]
-    for record in records:
+    for record in (r for r in records if "entries" in r):
         ours, theirs = record["median_s"], record["peers"]["transformers"]["median_s"]
         cells = (shape(record), keys(record), time(ours), time(theirs), winner(ours, theirs, "transformers"))
         rows.append(f"| {' | '.join(cells)} |")
@@ -44,7 +44,38 @@ def cuda_table(records: list[dict]) -> list[str]:
     return [f"One {first['device']}, torch {first['torch']}, cold L2 cache, {origin(first)}:", "", *rows]
 
 
-TABLES = {"cpu.jsonl": cpu_table, "cuda.jsonl": cuda_table}
+def host_table(records: list[dict]) -> list[str]:
+    """What an eager call keeps the host: the least and the median of the shortest calls on the device."""
+    rows = ["| call, with memory given | host, median | host, 10 % |", "|---|---|---|"]
+    for case in ("decode-1x1-entries8192-k512-mxfp4", "append-65536-mxfp4-in-order", "gather-64x512-fp8_ds_mla"):
+        spread = next(r for r in records if r["case"] == case)["host_us"]
+        rows.append(f"| `{case}` | {time(spread['median'] / 1e6)} | {time(spread['p10'] / 1e6)} |")
+    return [f"The host of that {records[0]['device']}, {origin(records[0])}:", "", *rows]
+
+
+def layer_table(records: list[dict]) -> list[str]:
+    """A column for each case: a stage's time in a graph, with a cold L2 cache."""
+    names = [record["case"].removeprefix("layer-") for record in records]
+    rows = [f"| stage | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for stage in records[0]["stages_us"]:
+        times = (time(record["stages_us"][stage]["graph_cold"]["median"] / 1e6) for record in records)
+        rows.append(f"| {stage} | {' | '.join(times)} |")
+    eager = (time(record["stages_us"]["whole step"]["eager"]["median"] / 1e6) for record in records)
+    rows.append(f"| whole step, called eagerly | {' | '.join(eager)} |")
+    begins = (time(record["begin_step_host_us"] / 1e6) for record in records)
+    rows.append(f"| `begin_step`, on the host | {' | '.join(begins)} |")
+    first = records[0]
+    return [f"One {first['device']}, torch {first['torch']}, {origin(first)}:", "", *rows]
+
+
+# marker in the page -> page, measurements, table
+TABLES = {
+    "cpu.jsonl": (WHEN_NOT, "cpu.jsonl", cpu_table),
+    "cuda.jsonl": (WHEN_NOT, "cuda.jsonl", cuda_table),
+    "cuda.jsonl: host": (WHEN_NOT, "cuda.jsonl", host_table),
+    "layer.jsonl": (LAYER, "layer.jsonl", layer_table),
+}
+PAGES = (WHEN_NOT, LAYER)
 
 
 def shape(record: dict) -> str:
@@ -74,17 +105,20 @@ def winner(ours: float, theirs: float, name: str) -> str:
     return f"**{name}, {ours / theirs:.1f} x**" if theirs < ours else f"`score_topk`, {theirs / ours:.1f} x"
 
 
-def filled(text: str, folder: Path = RESULTS) -> str:
-    """The page with its tables made anew."""
-    for name, table in TABLES.items():
-        records = [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+def filled(page: Path) -> str:
+    """A page with its tables made anew."""
+    text = page.read_text(encoding="utf-8")
+    for name, (where, file, table) in TABLES.items():
+        if where != page:
+            continue
+        records = [json.loads(line) for line in (RESULTS / file).read_text(encoding="utf-8").splitlines()]
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        assert text.count(begin) == text.count(end) == 1, f"{PAGE.name} must say once where {name} goes"
+        assert text.count(begin) == text.count(end) == 1, f"{page.name} must say once where {name} goes"
         before, rest = text.split(begin)
-        text = before + begin + "\n" + "\n".join(table([r for r in records if "entries" in r])) + "\n\n" + end
-        text += rest.split(end)[1]
+        text = before + begin + "\n" + "\n".join(table(records)) + "\n\n" + end + rest.split(end)[1]
     return text
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page), encoding="utf-8")
