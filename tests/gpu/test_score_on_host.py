@@ -345,6 +345,20 @@ def test_the_best_lie_in_one_part(imagine: Callable[[Case], None]) -> None:
 
 
 @pytest.mark.usefixtures("on_host")
+def test_work_that_does_not_fit_32_bits(imagine: Callable[[Case], None]) -> None:
+    """Each block plans with 64 bits where a call of these shapes might need them, however short its sequences are."""
+    case = dataclasses.replace(IN_E4M3, valid_lens=(50, 64, 0), seq_ids=(0, 1, 2))
+    imagine(case)
+    problem = case.problem()
+    cache = problem.cache
+    wide = cache.view.block_table[:, :1].expand(-1, 2**30)  # each sequence has one block
+    cache = dataclasses.replace(cache, view=dataclasses.replace(cache.view, block_table=wide))
+    problem = dataclasses.replace(problem, cache=cache)
+    assert 2 * 3 * cache.view.max_entries // 128 >= 2**31
+    check_topk(run_topk, problem, case.top_k, order="index", dense=run_dense(problem))
+
+
+@pytest.mark.usefixtures("on_host")
 @pytest.mark.parametrize(("mask", "scales"), LOW_CODES)
 @pytest.mark.parametrize("case", [IN_E4M3, IN_BF16], ids=["e4m3", "bf16"])
 def test_groups_of_low_codes(case: Case, mask: int, scales: tuple[int, int], imagine: Callable[[Case], None]) -> None:

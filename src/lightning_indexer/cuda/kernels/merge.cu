@@ -1,9 +1,9 @@
 // The second half of score_topk: make one selection of the parts of each split group (work.cuh).
 //
 // Block (b, q) of the grid merges query q of the group whose first part ended unfinished in block b of score.cu, if
-// there is one. Every part has at least the top k of its entries, the best of them in front (`Front`). The k-th best of what
-// lies in front is a threshold that the k-th best of all reaches; only a part whose front lies above it whole, which parts
-// that are alike (`Walk`) hardly ever have, is read further.
+// there is one. Every part has at least the top k of its entries, the best of them in front (`Front`), or all of few parts are
+// read whole. The k-th best of what lies in front is a threshold that the k-th best of all reaches; only a part whose front
+// lies above it whole, which parts that are alike (`Walk`) hardly ever have, is read further.
 //
 // This kernel starts before score.cu has ended, where there is room. Its first blocks then rehearse with keys of their own:
 // that brings the code near, which otherwise takes longer to come from memory than to run.

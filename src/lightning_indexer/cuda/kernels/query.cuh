@@ -25,6 +25,8 @@ struct Queries {
   int32_t num_heads;
   const double* factor;  // multiplies every score; in shared memory, where it holds no registers
 
+  static constexpr uint32_t kLine = 128;  // bytes that are brought at once
+
   // Bring up to `count` queries from `row` on, of `num_tokens`, nearer: thread `thread` of `threads` takes its lines.
   template <int kDim>
   __device__ __forceinline__ void prefetch(
@@ -42,7 +44,6 @@ struct Queries {
     prefetch_rows(weights, num_heads * 4);
     if (scale) prefetch_rows(scale, num_heads * scale_bytes);
   }
-  static constexpr uint32_t kLine = 128;
 
   __device__ __forceinline__ uint32_t value_bits() const {
     return format <= QueryFormat::kNvfp4 ? 4 : format == QueryFormat::kFp8 ? 8 : format == QueryFormat::kFp32 ? 32 : 16;

@@ -175,8 +175,8 @@ struct Planner {
     const int part_end = __shfl_sync(kFullWarp, quotient, 1);
     const int first_block = __shfl_sync(kFullWarp, quotient, 2), last_block = __shfl_sync(kFullWarp, quotient, 3);
     if (lane != 0) return;
-    part = {group,       quotient,      part_end, begin <= start, stop <= end, false, last_block,
-            last_block - first_block + 1, range.number};
+    part = {group, quotient, part_end, begin <= start, stop <= end, /*is_none=*/false,
+            last_block, last_block - first_block + 1, range.number};
     range.number += part_end - quotient;
     range.row += size;
     range.start = stop;
