@@ -20,6 +20,7 @@ from cases import (
     make_lists,
     make_problem,
     problem_with_scores,
+    rejections,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -330,16 +331,6 @@ WRONG_SELECTIONS = {
     "ignores-the-length": changed(lens=lambda x: -(-x // 8) * 8),
     "blocks-of-sixteen": lambda *args, **o: score_topk(*args, candidate_entries=16, validate=False, **o),
 }
-
-
-def rejections(checks: list[Callable]) -> int:
-    count = 0
-    for check in checks:
-        try:
-            check()
-        except AssertionError:
-            count += 1
-    return count
 
 
 @pytest.mark.parametrize("name", WRONG_BLOCKS)

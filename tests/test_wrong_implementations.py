@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from cases import APPEND_CASES, TOPK_CASES, VISIBLE, check_append, check_topk, check_visible
+from cases import APPEND_CASES, TOPK_CASES, VISIBLE, check_append, check_topk, check_visible, rejections
 
 from lightning_indexer import append_entries, index_scores, score_topk, visible_entries
 from lightning_indexer.cache.view import PagedView
@@ -27,17 +27,6 @@ def append_checks(function: Callable) -> Iterator[Callable]:
 
 def visible_checks(function: Callable) -> Iterator[Callable]:
     yield from (lambda ratio=ratio: check_visible(function, ratio) for ratio in sorted({r for r, _ in VISIBLE}))
-
-
-def rejections(checks: Iterator[Callable]) -> int:
-    """How many checks fail by assertion. Any other exception is a broken test."""
-    count = 0
-    for check in checks:
-        try:
-            check()
-        except AssertionError:
-            count += 1
-    return count
 
 
 # --- scoring --------------------------------------------------------------------------------------------------

@@ -67,7 +67,6 @@ def select_candidates(
 
 
 @torch.no_grad()
-@full_float32()
 def eager_select_candidates(
     q: Tensor | QuantizedQuery,
     weights: Tensor,
@@ -98,6 +97,7 @@ def eager_select_candidates(
         _from_dense(q, weights, view, valid_lens, seq_ids, block_entries, out)
 
 
+@full_float32()
 def _reference(
     q: Tensor | QuantizedQuery,
     weights: Tensor,
