@@ -5,7 +5,7 @@
 
 Every rank makes all keys from one seed, keeps its shard of their bytes, and compares each merged selection bit for bit
 with its own of the whole before anything is timed. Rank 0 writes a JSON line per case and layout. Times are in
-microseconds, of each repetition on the slowest rank:
+microseconds, of each repetition on the slowest rank; ranks meet before each:
 
     whole      score_topk without shards, on one device
     local      score_topk on a shard
@@ -121,7 +121,8 @@ class Cuda:
     modes = ("graph", "eager")
 
     def __init__(self, repeats: int) -> None:
-        self._gpu = Gpu(repeats)
+        met = torch.zeros(1, device="cuda")
+        self._gpu = Gpu(repeats, meet=lambda: dist.all_reduce(met))
         self.device = self._gpu.device
 
     def time(self, run: Callable[[], object], mode: str) -> Spread:

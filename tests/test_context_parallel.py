@@ -3,22 +3,17 @@
 Processes talk over gloo. One group of each size runs every case; each rank must end with the bits of the whole.
 """
 
-import datetime
 import functools
-import itertools
 import json
-import multiprocessing
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from cases import assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from sharded import CASES, LAYOUTS, SECONDS, torchrun
+from ranks import PROCESS_CASES, TOP_KS, run_ranks
+from sharded import CASES, LAYOUTS, torchrun
 from torch import Tensor
 
 from lightning_indexer import (
@@ -31,8 +26,6 @@ from lightning_indexer import (
 from lightning_indexer.ops.shard import INT32_MAX, Shard
 
 ROOT = Path(__file__).parent.parent
-TOP_KS = [1, 16, 300]  # 300 is more than any sequence has
-PROCESS_CASES = ["mxfp4", "fp8-plateaus"]
 
 
 def ints(*values: object) -> Tensor:
@@ -196,48 +189,9 @@ def test_merge_errors(options, error, words) -> None:
 # --- with processes ---------------------------------------------------------------------------------------------
 
 
-def _run_rank(rank: int, ranks: int, folder: str) -> None:
-    """Run every case on one rank and leave the results in a file."""
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=SECONDS)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=limit)
-    results = {}
-    for case, layout, top_k in itertools.product(PROCESS_CASES, LAYOUTS, TOP_KS):
-        candidates = CASES[case].candidates(LAYOUTS[layout], rank, ranks, top_k)
-        results[case, layout, top_k] = merge_topk(*candidates, top_k=top_k, group=dist.group.WORLD)
-    candidates = CASES["mxfp4"].candidates(LAYOUTS["round-robin"], rank, ranks, 16, order="index")
-    out, scores_out = torch.empty(7, 16, dtype=torch.int32), torch.empty(7, 16)
-    for _ in range(3):
-        columns = [x.t().contiguous().t() for x in candidates]  # laid out by column
-        merge_topk(*columns, top_k=16, group=dist.group.WORLD, out=out, scores_out=scores_out)
-        results["mxfp4", "repeatedly into given memory", 16] = (out.clone(), scores_out.clone())
-    nothing = [x[:0] for x in candidates]
-    results["no queries"] = merge_topk(*nothing, top_k=16, group=dist.group.WORLD)
-    others = dist.new_group([0])
-    if rank:
-        with pytest.raises(ValueError, match="merge_topk: group must contain this process"):
-            merge_topk(*candidates, top_k=16, group=others)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_every_rank_gets_the_selection_of_the_whole(ranks: int, tmp_path: Path) -> None:
-    multiprocessing.set_forkserver_preload(
-        ["lightning_indexer"]
-    )  # eight imports of torch would take longer than the cases
-    arguments = (ranks, str(tmp_path))
-    context = mp.start_processes(_run_rank, arguments, nprocs=ranks, join=False, start_method="forkserver")
-    try:
-        until = time.monotonic() + SECONDS
-        while not context.join(timeout=1):  # true when all have ended, and raises what a rank raised
-            assert time.monotonic() < until, f"ranks did not finish in {SECONDS} s"
-    finally:
-        for process in context.processes:
-            process.kill()
-    for rank in range(ranks):
-        results = torch.load(tmp_path / f"{rank}.pt")
+    for rank, results in enumerate(run_ranks(ranks, tmp_path, "cpu")):
         assert [x.shape for x in results.pop("no queries")] == [(0, 16)] * 2
         assert len(results) == len(PROCESS_CASES) * len(LAYOUTS) * len(TOP_KS) + 1
         for (case, layout, top_k), got in results.items():

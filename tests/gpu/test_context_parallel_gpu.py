@@ -1,18 +1,25 @@
-"""Context parallel on a GPU: shards on one device, and NCCL with a group of one, eagerly and in a CUDA graph."""
+"""Context parallel on GPUs: shards on one device, and NCCL eagerly and in a CUDA graph.
 
+What a process does with NCCL by itself runs everywhere; where there are two GPUs, so does one rank for each GPU.
+"""
+
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from cases import assert_same_bits
-from sharded import CASES, LAYOUTS, Sequences
+from ranks import TOP_KS, run_ranks
+from sharded import CASES, LAYOUTS, Sequences, torchrun
 from torch import Tensor
 
 from lightning_indexer import ContiguousShard, InterleavedShard, merge_topk, score_topk
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-TOP_KS = [1, 16, 300]
+several_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -155,3 +162,30 @@ def test_a_graph_follows_its_inputs(ranks: int, group: dist.ProcessGroup) -> Non
         out.fill_(-9)
         graph.replay()
         assert_same((out, scores_out), other.whole(top_k, "cuda"), f"{shorter} entries shorter")
+
+
+# --- a GPU for each rank -------------------------------------------------------------------------------------------
+
+
+@several_gpus
+def test_every_rank_gets_the_selection_of_the_whole(tmp_path: Path) -> None:
+    ranks = torch.cuda.device_count()
+    for rank, results in enumerate(run_ranks(ranks, tmp_path, "cuda")):
+        assert [x.shape for x in results.pop("no queries")] == [(0, 16)] * 2
+        for (case, layout, top_k), got in results.items():
+            want = [x.cpu() for x in CASES[case].whole(top_k, "cuda")]
+            assert_same(got, want, f"{case}, {layout}, k = {top_k}, rank {rank} of {ranks}")
+
+
+@several_gpus
+def test_benchmark_checks_and_times(tmp_path: Path) -> None:
+    """The whole sequence of steps in CUDA graphs that hold an exchange, too."""
+    output = tmp_path / "lines.jsonl"
+    torchrun(ROOT / "benchmarks/context_parallel.py", "--quick", "--repeats", "2", "--output", str(output))
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(records) == 10
+    for record in records:
+        assert (record["world_size"], record["backend"]) == (2, "nccl")
+        for mode in ("graph_us", "eager_us"):
+            assert list(record[mode]) == ["whole", "local", "exchange", "merge", "together"]
+            assert all(spread["median"] > 0 and spread["repeats"] == 2 for spread in record[mode].values())

@@ -60,9 +60,12 @@ class Gpu:
 
     Args:
         repeats: timed repetitions of everything; default: as many as fit in a fraction of a second.
+        meet: called before each repetition; what it enqueues is not timed. With several ranks a collective, so that
+            none of them is timed while it waits for a late one.
     """
 
-    def __init__(self, repeats: int | None = None) -> None:
+    def __init__(self, repeats: int | None = None, *, meet: Callable[[], object] | None = None) -> None:
+        self._meet = meet
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.repeats = repeats
         l2_bytes = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 0) or _ASSUMED_L2_BYTES
@@ -164,6 +167,8 @@ class Gpu:
         for start, end in zip(starts, ends, strict=True):
             if cold:
                 torch.sum(self._flush, dim=0, out=self._flushed)
+            if self._meet is not None:
+                self._meet()
             if idle:
                 torch.cuda.synchronize()
             else:
