@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-WHEN_NOT, LAYER = DOCS / "when-not-to-use-it.md", DOCS / "layer.md"
+WHEN_NOT, LAYER, PARALLEL = DOCS / "when-not-to-use-it.md", DOCS / "layer.md", DOCS / "context-parallel.md"
 RESULTS = DOCS.parent / "benchmarks" / "results"
 EQUAL = 1.1  # times whose ratio is below this are called equal: the repetitions of one case differ by as much
 
@@ -68,14 +68,30 @@ def layer_table(records: list[dict]) -> list[str]:
     return [f"One {first['device']}, torch {first['torch']}, {origin(first)}:", "", *rows]
 
 
+def parallel_table(records: list[dict]) -> list[str]:
+    """Every case and layout: each step in a graph, and all of them called eagerly, beside one GPU without shards."""
+    steps = ("whole", "local", "exchange", "merge", "together")
+    names = ("queries x entries, k", "layout", "one GPU", *steps[1:], "one GPU, eager", "together, eager")
+    rows = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    for record in records:
+        graph = (time(record["graph_us"][step]["median"] / 1e6) for step in steps)
+        eager = (time(record["eager_us"][step]["median"] / 1e6) for step in ("whole", "together"))
+        name = f"{shape(record)}, {record['top_k']:,}"
+        rows.append(f"| {' | '.join((name, record['layout'], *graph, *eager))} |")
+    first = records[0]
+    machine = f"{first['world_size']} {first['device']} over NVLink, NCCL {first['nccl']}, torch {first['torch']}"
+    return [f"{machine}, cold L2 cache, {origin(first)}:", "", *rows]
+
+
 # marker in the page -> page, measurements, table
 TABLES = {
     "cpu.jsonl": (WHEN_NOT, "cpu.jsonl", cpu_table),
     "cuda.jsonl": (WHEN_NOT, "cuda.jsonl", cuda_table),
     "cuda.jsonl: host": (WHEN_NOT, "cuda.jsonl", host_table),
     "layer.jsonl": (LAYER, "layer.jsonl", layer_table),
+    "context_parallel.jsonl": (PARALLEL, "context_parallel.jsonl", parallel_table),
 }
-PAGES = (WHEN_NOT, LAYER)
+PAGES = (WHEN_NOT, LAYER, PARALLEL)
 
 
 def shape(record: dict) -> str:
