@@ -108,7 +108,9 @@ _MAX_BLOCKS = 256  # kMaxParts there
 
 # (largest top_k, candidates per list, the same for one query per block, most queries per block): lists are at
 # least twice top_k, and those of all blocks fit the workspace. Long lists are cut back less often.
-_LISTS = ((512, 2048, 4096, 16), (2048, 4096, 8192, 8), (4096, 8192, 8192, 4))
+_LISTS = ((512, 2048, 4096, 16), (2048, 5632, 8192, 8), (4096, 8192, 8192, 4))
+# What the registers of four warpgroups leave room for where a product has more than 64 columns; keys of fp8 take more.
+_MOST_CANDIDATES, _MOST_FP8_CANDIDATES = 5632, 4096
 _WANTED, _MOST_WANTED = (1, 1, 2, 4, 4), 16  # queries per block that suit so many queries of a sequence
 _FEW_QUERIES = 1  # `Workspace` of kernels/work.cuh has the same
 
@@ -382,6 +384,8 @@ def _shape(
     for fewer_groups in (False, True):
         for queries in (16, 8, 4, 2, 1):
             capacity = _capacity(top_k, queries)
+            if product.element == "E4M3" and not product.has_fp4_keys and queries > _FEW_QUERIES:
+                capacity = min(capacity, max(_MOST_FP8_CANDIDATES, 2 * max_top_k))
             per_product = _queries_per_product(product, queries, heads, top_k)
             groups = 1 if fewer_groups else _groups(product, queries, heads * per_product, capacity)
             rings = _rings(product, queries == per_product and heads * per_product <= 64)
@@ -421,7 +425,7 @@ def _queries_per_product(product: Product, queries: int, heads: int, top_k: int)
 
 def _groups(product: Product, queries: int, columns: int, capacity: int) -> int:
     """Warpgroups: as many as the registers for keys, a product's columns and a team's candidates leave room for."""
-    if not product.is_wgmma or columns > 64 and (product.element == "BF16" or capacity > 4096):
+    if not product.is_wgmma or columns > 64 and (product.element == "BF16" or capacity > _MOST_CANDIDATES):
         return 3
     is_small = product.element == "E4M3" and product.has_fp4_keys and columns <= 64 and queries < _FIRST_TEAMS
     return 5 if is_small else 4
@@ -519,7 +523,7 @@ def _merge_specialisation(schema: CacheSchema, top_k: int, arch: str) -> Special
 
 def _merge_capacity(top_k: int) -> int:
     """`Front::merge_room` of kernels/work.cuh: candidates that a merging block holds."""
-    return 2 * _lists(top_k)[1]
+    return max(4096, 4 * _lists(top_k)[0])
 
 
 class _Call:

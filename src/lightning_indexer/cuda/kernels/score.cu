@@ -69,7 +69,8 @@ struct Shared {
   alignas(16) float weights[Shape::kQueries * Weights<Shape::kHeads>::kPerQuery];
   float score_thresholds[Shape::kQueries];
   int32_t lens[Shape::kQueries];
-  uint32_t counts[Shape::kQueries];
+  uint32_t ends[Shape::kQueries];    // where the next candidate goes, in keys of the workspace
+  uint32_t limits[Shape::kQueries];  // from there on a list is cut back
   typename Teams::Scratch team_scratch[Shape::kTeams];
 };
 
@@ -193,7 +194,8 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
       shared.thresholds[thread] = kAnyCandidate;
       shared.score_thresholds[thread] = score_threshold(kAnyCandidate);
       shared.lens[thread] = thread < size ? rows.len(part.group.row + thread) : 0;
-      shared.counts[thread] = 0;
+      shared.ends[thread] = space.collected_at(this_block(), thread, part.is_first);
+      shared.limits[thread] = shared.ends[thread] + Shape::kFull;
       shared.row_scales[thread] = {1, 1};
     }
     const Weights<kHeads> put_weights = {shared.weights, shared.folded, &shared.has_unusual_weights};
@@ -208,8 +210,6 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
 
     // --- score ------------------------------------------------------------------------------------------------------
     feed.begin(part, rings);
-    // Where the part's lists begin in the workspace, in keys: fewer registers than a pointer.
-    const uint32_t lists = static_cast<uint32_t>(space.collected(this_block(), 0, part.is_first) - space.candidates(0, 0));
     const auto score_tile = [&]() {
       const int first_entry = static_cast<int>(feed.next() + lane / 4);  // that the lane finishes
       uint32_t a[kHalves][Keys::kSteps][4];
@@ -298,12 +298,12 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
               uint32_t place = 0;
               if constexpr (kPerMma == 1) {  // all lanes have the same query: they take their places together
                 const uint32_t peers = __ballot_sync(kFullWarp, is_candidate);
-                if (lane == 0) place = atomicAdd(&shared.counts[query + i], static_cast<uint32_t>(__popc(peers)));
+                if (lane == 0) place = atomicAdd(&shared.ends[query + i], static_cast<uint32_t>(__popc(peers)));
                 place = __shfl_sync(kFullWarp, place, 0) + __popc(peers & ((1u << lane) - 1));
               } else if (is_candidate) {
-                place = atomicAdd(&shared.counts[query + i], 1u);
+                place = atomicAdd(&shared.ends[query + i], 1u);
               }
-              if (is_candidate) space.candidates(0, 0)[lists + (query + i) * Shape::kCapacity + place] = key;
+              if (is_candidate) space.keys()[place] = key;
             }
           }
         }
@@ -318,8 +318,8 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
     // --- select -----------------------------------------------------------------------------------------------------
     for (;;) {
       while (feed.has_tile()) {
-        const volatile uint32_t* counts = shared.counts;
-        if (barrier_any<128>(kFirstGroupBarrier + group_index, lane < size && counts[lane] >= Shape::kFull)) break;
+        const volatile uint32_t* ends = shared.ends;
+        if (barrier_any<128>(kFirstGroupBarrier + group_index, lane < size && ends[lane] >= shared.limits[lane])) break;
         score_tile();
       }
       if (barrier_all<kThreads>(0, !feed.has_tile())) break;
@@ -328,17 +328,20 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
                                        static_cast<int>(kFirstTeamBarrier + team_index),
                                        shared.team_scratch[min(team_index, Shape::kTeams - 1u)]};
       for (uint32_t q = team_index; team_index < Shape::kTeams && q < size; q += Shape::kTeams) {
-        const int count = static_cast<int>(shared.counts[q]);
+        const uint32_t start = space.collected_at(this_block(), q, part.is_first);
+        const int count = static_cast<int>(shared.ends[q] - start);
         const int room = Shape::kFull - top_k;
         if (4 * (count - top_k) < room) continue;
-        uint64_t* const list = space.collected(this_block(), q, part.is_first);
+        uint64_t* const list = space.keys() + start;
         HeldKeys held(team, list, count);
         const uint64_t threshold = held.threshold(team, top_k, room / 8);
-        const int left = held.collect(team, threshold, kNoCandidate, list);
+        // The many threads of a lone query's team hold few keys each: one pass is quicker than two.
+        const int left = Shape::kQueries == 1 ? held.collect(team, threshold, kNoCandidate, list)
+                                              : held.compact(team, threshold, list);
         if (team.rank == 0) {
           shared.thresholds[q] = threshold;
           shared.score_thresholds[q] = score_threshold(threshold);
-          shared.counts[q] = left;
+          shared.ends[q] = start + left;
         }
       }
       sync_scorers<kThreads>();
@@ -355,8 +358,9 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
                                        : reinterpret_cast<uint64_t*>(operands) +
                                              team_index * max(power_of_two_at_least(top_k), kWarpThreads);
     for (uint32_t q = team_index; team_index < Shape::kTeams && q < size; q += Shape::kTeams) {
-      const int count = static_cast<int>(shared.counts[q]);
-      uint64_t* const candidates = space.collected(this_block(), q, part.is_first);
+      const uint32_t start = space.collected_at(this_block(), q, part.is_first);
+      const int count = static_cast<int>(shared.ends[q] - start);
+      uint64_t* const candidates = space.keys() + start;
       const Front front(top_k, part.parts);
       PartList& list = part.is_first ? space.first_list(this_block(), q) : space.later_list(this_block(), q);
       if (is_split && space.is_apart() && count <= front.whole) {

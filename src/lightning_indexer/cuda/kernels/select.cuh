@@ -176,7 +176,7 @@ struct Selection : Keys {
     for (int i = 0; i < this->rounds(); ++i) top = ::max(top, rank_of_key(this->key(team, i)));
     top = __reduce_max_sync(kFullWarp, top);
     for (int i = team.rank; i < Members::kBins; i += kThreads) team.scratch.bins[i] = 0;
-    if (team.rank == 0) team.scratch.high = 0;
+    if (team.rank == 0) team.scratch.high = team.scratch.total = 0;
     team.sync();
     if (team.rank % kWarpThreads == 0) atomicMax(&team.scratch.high, top);
     team.sync();
@@ -262,6 +262,29 @@ struct Selection : Keys {
       if (lane == 0) place = atomicAdd(&team.scratch.total, static_cast<uint32_t>(__popc(peers)));
       place = __shfl_sync(kFullWarp, place, 0) + __popc(peers & ((1u << lane) - 1));
       if (key >= threshold) target[place] = key;
+    }
+    team.sync();
+    return static_cast<int>(team.scratch.total);
+  }
+
+  // The same to a target that the keys in registers may have come from, behind `threshold`. A warp counts its keys first, so
+  // that it waits for a place once, and it writes side by side.
+  __device__ __forceinline__ int compact(const Members& team, uint64_t threshold, uint64_t* target) {
+    const int lane = team.rank % kWarpThreads;
+    uint32_t count = 0;
+#pragma unroll kUnrolled
+    for (int i = 0; i < this->rounds(); ++i) {
+      count += __popc(__ballot_sync(kFullWarp, this->key(team, i) >= threshold));
+    }
+    uint32_t place = 0;
+    if (lane == 0) place = atomicAdd(&team.scratch.total, count);
+    place = __shfl_sync(kFullWarp, place, 0);
+#pragma unroll kUnrolled
+    for (int i = 0; i < this->rounds(); ++i) {
+      const uint64_t key = this->key(team, i);
+      const uint32_t peers = __ballot_sync(kFullWarp, key >= threshold);
+      if (key >= threshold) target[place + __popc(peers & ((1u << lane) - 1))] = key;
+      place += __popc(peers);
     }
     team.sync();
     return static_cast<int>(team.scratch.total);

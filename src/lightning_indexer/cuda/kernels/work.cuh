@@ -130,6 +130,7 @@ struct Range {
   int64_t start;       // where the next group starts
   int row;             // and its first query
   uint32_t number;     // tiles of the parts so far
+  bool is_wide;        // units need 64 bits
 };
 
 template <int kQueries, int kPerMma, int kMinTiles, int kTile, bool kIsListed>
@@ -137,8 +138,8 @@ struct Planner {
   static_assert(!kIsListed || kQueries == 1, "each query has a list of its own");
   const Rows& rows;
 
-  // Find this block's range. One warp calls it. It takes as long as its instructions, one after the other, so units have 32
-  // bits where that is enough.
+  // Find this block's range. One warp calls it, and `next`. They take as long as their instructions, one after the other, so
+  // units have 32 bits where that is enough. The wide ways stand apart, so that what is seldom called need not be fetched.
   __device__ __forceinline__ void find_range(Range& range) const {
     // No group has more units than twice the tiles of its queries.
     const int64_t most_entries = rows.max_entries + (kIsListed ? rows.lists.block_entries() : 0);
@@ -150,42 +151,59 @@ struct Planner {
     }
   }
 
-  // The next part of this block. One warp calls it.
+  // The next part of this block.
   __device__ __forceinline__ void next(Range& range, Part& part) const {
+    if (!range.is_wide) {
+      next_in<uint32_t>(range, part);
+    } else {
+      next_wide(rows, range, part);
+    }
+  }
+
+ private:
+  __device__ __noinline__ static void find_range_wide(Rows rows, Range& range) {
+    Planner{rows}.template find_range_in<int64_t>(range);
+  }
+  __device__ __noinline__ static void next_wide(Rows rows, Range& range, Part& part) {
+    Planner{rows}.template next_in<int64_t>(range, part);
+  }
+
+  template <class Units>
+  __device__ __forceinline__ void next_in(Range& range, Part& part) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
-    if (range.start >= range.end) {
+    const Units begin = static_cast<Units>(range.begin), end = static_cast<Units>(range.end);
+    const Units start = static_cast<Units>(range.start);
+    if (start >= end) {
       if (lane == 0) part.is_none = true;
       return;
     }
-    const int row = range.row + lane;
-    const bool is_row = lane < kQueries && row < rows.count;
-    const int64_t seq = rows.seq(is_row ? row : range.row);
-    const int64_t first_seq = __shfl_sync(kFullWarp, seq, 0);
-    const bool differs = !is_row || seq != first_seq;
-    const int size = __ffs(static_cast<int>(__ballot_sync(kFullWarp, differs))) - 1;
-    const int longest = __reduce_max_sync(kFullWarp, lane < size ? rows.len(row) : 0);
-    const Group group = {range.row, size, first_seq, longest};
-    const int64_t begin = range.begin, end = range.end, start = range.start;
-    const int64_t each = unit(size), stop = start + cost(group);
+    const Group group = group_at(range.row, lane);
+    const Units each = unit(group.size), stop = start + static_cast<Units>(cost(group));
     // Four quotients at once, one per lane: where the part begins and ends, the first and the last block of the group.
-    const int64_t from = begin > start ? begin - start + each - 1 : 0;
-    const int64_t to = (end < stop ? end : stop) - start + each - 1;
-    const int64_t dividend = lane == 0 ? from : lane == 1 ? to : lane == 2 ? start : stop - 1;
-    const int quotient = static_cast<int>(divide(dividend, lane < 2 ? each : range.share));
+    const Units from = begin > start ? begin - start + each - 1 : 0;
+    const Units to = (end < stop ? end : stop) - start + each - 1;
+    const Units dividend = lane == 0 ? from : lane == 1 ? to : lane == 2 ? start : stop - 1;
+    const int quotient = static_cast<int>(dividend / (lane < 2 ? each : static_cast<Units>(range.share)));
     const int part_end = __shfl_sync(kFullWarp, quotient, 1);
     const int first_block = __shfl_sync(kFullWarp, quotient, 2), last_block = __shfl_sync(kFullWarp, quotient, 3);
     if (lane != 0) return;
     part = {group, quotient, part_end, begin <= start, stop <= end, /*is_none=*/false,
             last_block, last_block - first_block + 1, range.number};
     range.number += part_end - quotient;
-    range.row += size;
+    range.row += group.size;
     range.start = stop;
   }
 
- private:
-  // Apart, so that what is seldom called need not be fetched.
-  __device__ __noinline__ static void find_range_wide(Rows rows, Range& range) {
-    Planner{rows}.template find_range_in<int64_t>(range);
+  // The group that begins at a row, which all lanes look at together.
+  __device__ __forceinline__ Group group_at(int first, int lane) const {
+    if constexpr (kQueries == 1) return {first, 1, rows.seq(first), rows.len(first)};
+    const int row = first + lane;
+    const bool is_row = lane < kQueries && row < rows.count;
+    const int64_t seq = rows.seq(is_row ? row : first);
+    const int64_t first_seq = __shfl_sync(kFullWarp, seq, 0);
+    const bool differs = !is_row || seq != first_seq;
+    const int size = __ffs(static_cast<int>(__ballot_sync(kFullWarp, differs))) - 1;
+    return {first, size, first_seq, static_cast<int>(__reduce_max_sync(kFullWarp, lane < size ? rows.len(row) : 0))};
   }
 
   // A lane walks its share of the rows.
@@ -210,11 +228,12 @@ struct Planner {
     });
     const Units before = exclusive_scan(mine, lane, [](Units a, Units b) { return a + b; }, Units{0});
     const Units total = __shfl_sync(kFullWarp, before + mine, kWarpThreads - 1);
-    largest = __reduce_max_sync(kFullWarp, largest), groups = __reduce_add_sync(kFullWarp, groups);
+    largest = __reduce_max_sync(kFullWarp, largest);
+    groups = kQueries == 1 ? rows.count : __reduce_add_sync(kFullWarp, groups);
     const Units share = fair_share<Units>(total, largest, groups);
     const int64_t begin = static_cast<int64_t>(this_block()) * share;
     const int64_t end = begin + share < total ? begin + share : total;
-    if (lane == 0) range = {share, begin, end, end, 0, 0};  // nothing to do, unless a group is found
+    if (lane == 0) range = {share, begin, end, end, 0, 0, sizeof(Units) > 4};  // nothing to do, unless a group is found
     __syncwarp();
     if (begin >= before && begin < before + mine) {
       Units at = before;
@@ -227,13 +246,6 @@ struct Planner {
     __syncwarp();
   }
 
-  // a / b, rounded down, of numbers that seldom need 64 bits.
-  __device__ __forceinline__ static uint32_t divide(uint32_t a, uint32_t b) { return a / b; }
-  __device__ __forceinline__ static int64_t divide(int64_t a, int64_t b) {
-    return (a | b) >> 31 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : divide_wide(a, b);
-  }
-  __device__ __noinline__ static int64_t divide_wide(int64_t a, int64_t b) { return a / b; }
-
   // Units of a block: an equal part, but no less than occupies its warpgroups. Where there are no more groups than
   // blocks, each is cut into as many equal parts as there are blocks for it, or stays whole if that is no later: a cut
   // costs as much as kCutTiles (measured: merging, and a second start, on an H100).
@@ -241,9 +253,9 @@ struct Planner {
   __device__ __forceinline__ static Units fair_share(Units total, Units largest, Units groups) {
     constexpr Units kCutTiles = 36 * 64 / kTile;
     const Units blocks = all_blocks(), least = kMinTiles * unit(kQueries);
-    Units share = divide(total + blocks - 1, blocks);
+    Units share = (total + blocks - 1) / blocks;
     if (groups <= blocks) {
-      const Units each = divide(blocks, groups), cut = divide(largest + each - 1, each);
+      const Units each = blocks / groups, cut = (largest + each - 1) / each;
       if (largest <= share + kCutTiles * unit(kQueries)) {
         share = largest;
       } else if (cut >= share && cut <= share + share / 8) {
@@ -340,16 +352,17 @@ struct Workspace {
   // Of a later part's list.
   __device__ __forceinline__ int later_capacity() const { return is_apart() ? capacity : top_k; }
 
+  __device__ __forceinline__ uint64_t* keys() const { return reinterpret_cast<uint64_t*>(base); }
   __device__ __forceinline__ uint64_t* candidates(int block, int query) const {
-    return lists() + (static_cast<int64_t>(block) * queries + query) * capacity;
+    return keys() + (static_cast<int64_t>(block) * queries + query) * capacity;
   }
   __device__ __forceinline__ uint64_t* later_part(int block, int query) const {
-    return lists() + static_cast<int64_t>(all_blocks()) * queries * capacity +
+    return keys() + static_cast<int64_t>(all_blocks()) * queries * capacity +
            (static_cast<int64_t>(block) * queries + query) * later_capacity();
   }
-  // Where a part's candidates are collected.
-  __device__ __forceinline__ uint64_t* collected(int block, int query, bool is_first) const {
-    return is_apart() && !is_first ? later_part(block, query) : candidates(block, query);
+  // Where a part's candidates are collected, in keys.
+  __device__ __forceinline__ uint32_t collected_at(int block, int query, bool is_first) const {
+    return static_cast<uint32_t>((is_apart() && !is_first ? later_part(block, query) : candidates(block, query)) - keys());
   }
   // The front of a part, and how far it is from there to that of the next block's later part.
   __device__ __forceinline__ uint64_t* front(int block, int query, bool is_first) const {
@@ -368,12 +381,11 @@ struct Workspace {
   }
 
  private:
-  __device__ __forceinline__ uint64_t* lists() const { return reinterpret_cast<uint64_t*>(base); }
   __device__ __forceinline__ PartList* part_lists() const {
     return reinterpret_cast<PartList*>(fronts() + (is_apart() ? all_blocks() * 2 * top_k : 0));
   }
   __device__ __forceinline__ uint64_t* fronts() const {
-    return lists() + static_cast<int64_t>(all_blocks()) * queries * (capacity + later_capacity());
+    return keys() + static_cast<int64_t>(all_blocks()) * queries * (capacity + later_capacity());
   }
 };
 
