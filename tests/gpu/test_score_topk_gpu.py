@@ -612,6 +612,14 @@ def test_prefill_beside_decode(engine: Engine, format: str) -> None:
         engine.check(problem, top_k, order=order, dense=scores)
 
 
+@pytest.mark.parametrize("format", ["mxfp4", "fp8", "bf16"])
+def test_long_lists_that_run_full(engine: Engine, format: str) -> None:
+    """A group of queries for each multiprocessor, on more entries than their lists hold."""
+    tokens = 8 * torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    lens = [9000 - t for t in range(tokens)]
+    engine.check(make_problem([9000], **EACH_FORMAT[format], valid_lens=lens, seq_ids=[0] * tokens).to(DEVICE), 2048)
+
+
 def test_many_short_queries(engine: Engine) -> None:
     num = 1031
     lens, ids = [t % 30 for t in range(num)], [t // 300 for t in range(num)]
