@@ -79,7 +79,7 @@ def parallel_table(records: list[dict]) -> list[str]:
         name = f"{shape(record)}, {record['top_k']:,}"
         rows.append(f"| {' | '.join((name, record['layout'], *graph, *eager))} |")
     first = records[0]
-    machine = f"{first['world_size']} {first['device']} over NVLink, NCCL {first['nccl']}, torch {first['torch']}"
+    machine = f"{first['world_size']} {first['device']}, NCCL {first['nccl']}, torch {first['torch']}"
     return [f"{machine}, cold L2 cache, {origin(first)}:", "", *rows]
 
 

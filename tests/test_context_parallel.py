@@ -12,7 +12,7 @@ import torch
 from cases import assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import PROCESS_CASES, TOP_KS, run_ranks
+from ranks import TOP_KS, run_ranks
 from sharded import CASES, LAYOUTS, torchrun
 from torch import Tensor
 
@@ -192,8 +192,6 @@ def test_merge_errors(options, error, words) -> None:
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_every_rank_gets_the_selection_of_the_whole(ranks: int, tmp_path: Path) -> None:
     for rank, results in enumerate(run_ranks(ranks, tmp_path, "cpu")):
-        assert [x.shape for x in results.pop("no queries")] == [(0, 16)] * 2
-        assert len(results) == len(PROCESS_CASES) * len(LAYOUTS) * len(TOP_KS) + 1
         for (case, layout, top_k), got in results.items():
             assert_whole(got, case, top_k, f"{layout}, rank {rank} of {ranks}")
 

@@ -347,8 +347,8 @@ def test_the_workspace_holds_every_launch(multiprocessors: int, monkeypatch: pyt
         assert workspace <= 64 * 2**20, f"top_k {top_k}: {workspace} bytes"
         for keys, wanted in itertools.product(score_topk.INDEX_FORMATS, (1, 2, 4, 16)):
             shape = Scorer("sm_90a", keys, keys, wanted, top_k).shape
-            blocks = score_topk._blocks(shape.queries, top_k, multiprocessors)
-            taken = score_topk._workspace_bytes(blocks, shape.queries, top_k)
+            blocks = score_topk._blocks(shape.queries, shape.capacity, top_k, multiprocessors)
+            taken = score_topk._workspace_bytes(blocks, shape.queries, shape.capacity, top_k)
             assert 1 <= blocks <= multiprocessors and taken <= workspace, f"top_k {top_k}, {shape}: {taken} bytes"
 
 

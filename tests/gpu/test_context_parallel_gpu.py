@@ -171,7 +171,6 @@ def test_a_graph_follows_its_inputs(ranks: int, group: dist.ProcessGroup) -> Non
 def test_every_rank_gets_the_selection_of_the_whole(tmp_path: Path) -> None:
     ranks = torch.cuda.device_count()
     for rank, results in enumerate(run_ranks(ranks, tmp_path, "cuda")):
-        assert [x.shape for x in results.pop("no queries")] == [(0, 16)] * 2
         for (case, layout, top_k), got in results.items():
             want = [x.cpu() for x in CASES[case].whole(top_k, "cuda")]
             assert_same(got, want, f"{case}, {layout}, k = {top_k}, rank {rank} of {ranks}")
@@ -179,7 +178,7 @@ def test_every_rank_gets_the_selection_of_the_whole(tmp_path: Path) -> None:
 
 @several_gpus
 def test_benchmark_checks_and_times(tmp_path: Path) -> None:
-    """The whole sequence of steps in CUDA graphs that hold an exchange, too."""
+    """It times all steps, the exchange included, from CUDA graphs too."""
     output = tmp_path / "lines.jsonl"
     torchrun(ROOT / "benchmarks/context_parallel.py", "--quick", "--repeats", "2", "--output", str(output))
     records = [json.loads(line) for line in output.read_text().splitlines()]

@@ -107,6 +107,11 @@ LISTED = [
     Case("mxfp4", "mxfp4", "sm_89", (9000, 8999), num_candidates=1100, blocks=7),
     Case("mxfp4", "mxfp4", "sm_90a", (17_000,), top_k=512, num_candidates=2048, blocks=1),
 ]
+# A query of each sequence; several of one, which share a block.
+WIDE = [
+    dataclasses.replace(IN_E4M3, valid_lens=(50, 64, 0), seq_ids=(0, 1, 2)),
+    dataclasses.replace(IN_E4M3, valid_lens=(50, 64, 0), seq_ids=(0, 0, 0)),
+]
 ADVERSARIAL = Case("bf16", "bf16", "sm_90a", (5000, 64, 1), (0, 1, 2), blocks=2)
 LISTED_ADVERSARIAL = dataclasses.replace(ADVERSARIAL, num_candidates=500)
 
@@ -154,7 +159,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes._CFunc
     shutil.copy(HERE / "host_wgmma.cuh", folder / "wgmma.cuh")
     wanted = {
         s.expression: s.source
-        for case in [*CASES, *LISTED, ADVERSARIAL, LISTED_ADVERSARIAL]
+        for case in [*CASES, *LISTED, *WIDE, ADVERSARIAL, LISTED_ADVERSARIAL]
         for s in specialisations(case)
     }
     assert COMPILER is not None
@@ -345,9 +350,9 @@ def test_the_best_lie_in_one_part(imagine: Callable[[Case], None]) -> None:
 
 
 @pytest.mark.usefixtures("on_host")
-def test_work_that_does_not_fit_32_bits(imagine: Callable[[Case], None]) -> None:
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_work_that_does_not_fit_32_bits(case: Case, imagine: Callable[[Case], None]) -> None:
     """Each block plans with 64 bits where a call of these shapes might need them, however short its sequences are."""
-    case = dataclasses.replace(IN_E4M3, valid_lens=(50, 64, 0), seq_ids=(0, 1, 2))
     imagine(case)
     problem = case.problem()
     cache = problem.cache

@@ -108,9 +108,10 @@ _MAX_BLOCKS = 256  # kMaxParts there
 
 # (largest top_k, candidates per list, the same for one query per block, most queries per block): lists are at
 # least twice top_k, and those of all blocks fit the workspace. Long lists are cut back less often.
-_LISTS = ((512, 2048, 4096, 16), (2048, 5632, 8192, 8), (4096, 8192, 8192, 4))
-# What the registers of four warpgroups leave room for where a product has more than 64 columns; keys of fp8 take more.
-_MOST_CANDIDATES, _MOST_FP8_CANDIDATES = 5632, 4096
+_LISTS = ((512, 2048, 4096, 16), (2048, 4096, 8192, 8), (4096, 8192, 8192, 4))
+# On Hopper's 132 multiprocessors the workspace has room for longer ones of the second kind; so have the registers of
+# four warpgroups, unless they hold fp8 keys.
+_LONG_LIST = 5632
 _WANTED, _MOST_WANTED = (1, 1, 2, 4, 4), 16  # queries per block that suit so many queries of a sequence
 _FEW_QUERIES = 1  # `Workspace` of kernels/work.cuh has the same
 
@@ -285,9 +286,10 @@ def workspace_bytes(top_k: int, device_index: int) -> int:
     """Bytes that a call with this `top_k` may use on a device, whatever its other operands."""
     multiprocessors = _multiprocessors(device_index)
     return max(
-        _workspace_bytes(_blocks(queries, top_k, multiprocessors), queries, top_k)
+        _workspace_bytes(_blocks(queries, capacity, top_k, multiprocessors), queries, capacity, top_k)
         for queries in (1, 2, 4, 8, 16)
         if queries <= _lists(top_k)[3]
+        for capacity in {_capacity(top_k, queries, is_long) for is_long in (False, True)}
     )
 
 
@@ -358,7 +360,7 @@ def _plan(
         overlaps=_arch_number(arch) >= _FIRST_OVERLAP_ARCH,
     )
     multiprocessors = _multiprocessors(device_index)
-    return _Plan(score, merge, shape, _blocks(shape.queries, top_k, multiprocessors))
+    return _Plan(score, merge, shape, _blocks(shape.queries, shape.capacity, top_k, multiprocessors))
 
 
 def _product(schema: CacheSchema, query_format: str, heads: int, arch: str, engine: str) -> Product:
@@ -383,9 +385,8 @@ def _shape(
     max_top_k, *_, most = _lists(top_k)
     for fewer_groups in (False, True):
         for queries in (16, 8, 4, 2, 1):
-            capacity = _capacity(top_k, queries)
-            if product.element == "E4M3" and not product.has_fp4_keys and queries > _FEW_QUERIES:
-                capacity = min(capacity, max(_MOST_FP8_CANDIDATES, 2 * max_top_k))
+            is_long = product.is_wgmma and (product.has_fp4_keys or product.element == "BF16")
+            capacity = _capacity(top_k, queries, is_long)
             per_product = _queries_per_product(product, queries, heads, top_k)
             groups = 1 if fewer_groups else _groups(product, queries, heads * per_product, capacity)
             rings = _rings(product, queries == per_product and heads * per_product <= 64)
@@ -425,7 +426,7 @@ def _queries_per_product(product: Product, queries: int, heads: int, top_k: int)
 
 def _groups(product: Product, queries: int, columns: int, capacity: int) -> int:
     """Warpgroups: as many as the registers for keys, a product's columns and a team's candidates leave room for."""
-    if not product.is_wgmma or columns > 64 and (product.element == "BF16" or capacity > _MOST_CANDIDATES):
+    if not product.is_wgmma or columns > 64 and (product.element == "BF16" or capacity > _LONG_LIST):
         return 3
     is_small = product.element == "E4M3" and product.has_fp4_keys and columns <= 64 and queries < _FIRST_TEAMS
     return 5 if is_small else 4
@@ -462,19 +463,21 @@ def _lists(top_k: int) -> tuple[int, int, int, int]:
     return next(row for row in _LISTS if top_k <= row[0])
 
 
-def _capacity(top_k: int, queries: int) -> int:
+def _capacity(top_k: int, queries: int, is_long: bool) -> int:
     """Candidates in a list."""
-    return _lists(top_k)[2 if queries <= _FEW_QUERIES else 1]
+    largest, several, alone, _ = _lists(top_k)
+    if queries <= _FEW_QUERIES:
+        return alone
+    return _LONG_LIST if is_long and largest == 2048 else several
 
 
-def _blocks(queries: int, top_k: int, multiprocessors: int) -> int:
+def _blocks(queries: int, capacity: int, top_k: int, multiprocessors: int) -> int:
     """Blocks of threads: one per multiprocessor, unless their lists would not fit the workspace."""
-    return min(multiprocessors, _MAX_BLOCKS, MAX_WORKSPACE_BYTES // _workspace_bytes(1, queries, top_k))
+    return min(multiprocessors, _MAX_BLOCKS, MAX_WORKSPACE_BYTES // _workspace_bytes(1, queries, capacity, top_k))
 
 
-def _workspace_bytes(blocks: int, queries: int, top_k: int) -> int:
+def _workspace_bytes(blocks: int, queries: int, capacity: int, top_k: int) -> int:
     """As `Workspace` in kernels/work.cuh lays it out."""
-    capacity = _capacity(top_k, queries)
     is_apart = queries <= _FEW_QUERIES
     later, fronts = (capacity, 2 * top_k) if is_apart else (top_k, 0)
     return blocks * (queries * ((capacity + later + fronts) * 8 + 2 * 16) + 3 * 4)

@@ -60,8 +60,8 @@ class Gpu:
 
     Args:
         repeats: timed repetitions of everything; default: as many as fit in a fraction of a second.
-        meet: called before each repetition; what it enqueues is not timed. With several ranks a collective, so that
-            none of them is timed while it waits for a late one.
+        meet: called before each repetition of `time`, and not timed itself. With several ranks a collective, so that
+            they start together, unless a host falls behind.
     """
 
     def __init__(self, repeats: int | None = None, *, meet: Callable[[], object] | None = None) -> None:

@@ -169,16 +169,17 @@ struct Selection : Keys {
   using Keys::Keys;
 
   // The largest threshold that at least `wanted` keys reach; or any that `wanted` to `wanted + slack` do. `wanted` must
-  // not exceed the number of keys. Members may return while others still read the team's memory.
+  // not exceed the number of keys. Members may return while others still read the team's memory, whose total is 0 then.
   __device__ __forceinline__ uint64_t threshold(const Members& team, uint32_t wanted, uint32_t slack) {
     uint32_t top = 0;
 #pragma unroll kUnrolled
     for (int i = 0; i < this->rounds(); ++i) top = ::max(top, rank_of_key(this->key(team, i)));
     top = __reduce_max_sync(kFullWarp, top);
     for (int i = team.rank; i < Members::kBins; i += kThreads) team.scratch.bins[i] = 0;
-    if (team.rank == 0) team.scratch.high = team.scratch.total = 0;
+    if (team.rank == 0) team.scratch.high = 0;
     team.sync();
     if (team.rank % kWarpThreads == 0) atomicMax(&team.scratch.high, top);
+    if (team.rank == 0) team.scratch.total = 0;
     team.sync();
     top = team.scratch.high;
     return threshold_from(team, wanted, slack, likely_bottom(top), top);
@@ -267,8 +268,8 @@ struct Selection : Keys {
     return static_cast<int>(team.scratch.total);
   }
 
-  // The same to a target that the keys in registers may have come from, behind `threshold`. A warp counts its keys first, so
-  // that it waits for a place once, and it writes side by side.
+  // The same right after `threshold`; `target` may be the buffer that keys in registers came from. A warp counts its keys
+  // first, so that it waits for its places once; its lanes then write to consecutive ones.
   __device__ __forceinline__ int compact(const Members& team, uint64_t threshold, uint64_t* target) {
     const int lane = team.rank % kWarpThreads;
     uint32_t count = 0;

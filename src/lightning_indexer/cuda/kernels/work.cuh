@@ -138,7 +138,7 @@ struct Planner {
   static_assert(!kIsListed || kQueries == 1, "each query has a list of its own");
   const Rows& rows;
 
-  // Find this block's range. One warp calls it, and `next`. They take as long as their instructions, one after the other, so
+  // Find this block's range. One warp calls this and `next`; both take as long as their instructions, one after the other, so
   // units have 32 bits where that is enough. The wide ways stand apart, so that what is seldom called need not be fetched.
   __device__ __forceinline__ void find_range(Range& range) const {
     // No group has more units than twice the tiles of its queries.
