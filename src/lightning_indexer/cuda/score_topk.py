@@ -106,12 +106,10 @@ _MERGE_THREADS = 512
 _MERGE_SCRATCH_BYTES = 6400  # `MergeShared` of kernels/merge.cu without the keys
 _MAX_BLOCKS = 256  # kMaxParts there
 
-# (largest top_k, candidates per list, the same for one query per block, most queries per block): lists are at
-# least twice top_k, and those of all blocks fit the workspace. Long lists are cut back less often.
-_LISTS = ((512, 2048, 4096, 16), (2048, 4096, 8192, 8), (4096, 8192, 8192, 4))
-# On Hopper's 132 multiprocessors the workspace has room for longer ones of the second kind; so have the registers of
-# four warpgroups, unless they hold fp8 keys.
-_LONG_LIST = 5632
+# (largest top_k, candidates per list, the same where lists may be long, the same for one query per block, most queries
+# per block): lists are at least twice top_k, and those of all blocks fit the workspace. Long ones run full less.
+_LISTS = ((512, 2048, 2048, 4096, 16), (2048, 4096, 5632, 8192, 8), (4096, 8192, 8192, 8192, 4))
+_MOST_CANDIDATES = 5632  # that the registers of four warpgroups leave room for where a product has more than 64 columns
 _WANTED, _MOST_WANTED = (1, 1, 2, 4, 4), 16  # queries per block that suit so many queries of a sequence
 _FEW_QUERIES = 1  # `Workspace` of kernels/work.cuh has the same
 
@@ -288,7 +286,7 @@ def workspace_bytes(top_k: int, device_index: int) -> int:
     return max(
         _workspace_bytes(_blocks(queries, capacity, top_k, multiprocessors), queries, capacity, top_k)
         for queries in (1, 2, 4, 8, 16)
-        if queries <= _lists(top_k)[3]
+        if queries <= _lists(top_k)[-1]
         for capacity in {_capacity(top_k, queries, is_long) for is_long in (False, True)}
     )
 
@@ -383,9 +381,10 @@ def _shape(
 ) -> Shape:
     """The most queries per block up to `wanted`, then the most tiles under way, that fit shared memory."""
     max_top_k, *_, most = _lists(top_k)
+    # On Hopper's 132 multiprocessors the workspace has room, and so have the registers, unless they hold fp8 keys.
+    is_long = product.is_wgmma and (product.has_fp4_keys or product.element == "BF16")
     for fewer_groups in (False, True):
         for queries in (16, 8, 4, 2, 1):
-            is_long = product.is_wgmma and (product.has_fp4_keys or product.element == "BF16")
             capacity = _capacity(top_k, queries, is_long)
             per_product = _queries_per_product(product, queries, heads, top_k)
             groups = 1 if fewer_groups else _groups(product, queries, heads * per_product, capacity)
@@ -426,7 +425,7 @@ def _queries_per_product(product: Product, queries: int, heads: int, top_k: int)
 
 def _groups(product: Product, queries: int, columns: int, capacity: int) -> int:
     """Warpgroups: as many as the registers for keys, a product's columns and a team's candidates leave room for."""
-    if not product.is_wgmma or columns > 64 and (product.element == "BF16" or capacity > _LONG_LIST):
+    if not product.is_wgmma or columns > 64 and (product.element == "BF16" or capacity > _MOST_CANDIDATES):
         return 3
     is_small = product.element == "E4M3" and product.has_fp4_keys and columns <= 64 and queries < _FIRST_TEAMS
     return 5 if is_small else 4
@@ -459,16 +458,16 @@ def _multiprocessors(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
-def _lists(top_k: int) -> tuple[int, int, int, int]:
+def _lists(top_k: int) -> tuple[int, int, int, int, int]:
     return next(row for row in _LISTS if top_k <= row[0])
 
 
 def _capacity(top_k: int, queries: int, is_long: bool) -> int:
     """Candidates in a list."""
-    largest, several, alone, _ = _lists(top_k)
+    _, short, long, alone, _ = _lists(top_k)
     if queries <= _FEW_QUERIES:
         return alone
-    return _LONG_LIST if is_long and largest == 2048 else several
+    return long if is_long else short
 
 
 def _blocks(queries: int, capacity: int, top_k: int, multiprocessors: int) -> int:
