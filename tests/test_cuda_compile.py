@@ -276,7 +276,11 @@ def test_scorers_compile_without_spills(name: str) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_merging_compiles_without_spills(arch: str) -> None:
     troubles = list(
-        troubles_of(score_topk._merge_specialisation(CacheSchema("mxfp4"), k, arch) for k in (512, 2048, 4096))
+        troubles_of(
+            score_topk._merge_specialisation(CacheSchema("mxfp4"), k, is_lone, arch)
+            for k in (512, 2048, 4096)
+            for is_lone in (True, False)
+        )
     )
     assert not troubles, "\n".join(troubles)
 

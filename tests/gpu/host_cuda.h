@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <random>
 #include <utility>
@@ -47,11 +48,17 @@ To bits_as(From value) {
   return result;
 }
 inline unsigned __float_as_uint(float x) { return bits_as<unsigned>(x); }
+inline int __float_as_int(float x) { return bits_as<int>(x); }
 inline float __uint_as_float(unsigned bits) { return bits_as<float>(bits); }
 inline double __hiloint2double(int high, int low) {
   return bits_as<double>(static_cast<unsigned long long>(static_cast<unsigned>(high)) << 32 | static_cast<unsigned>(low));
 }
 inline int __double2hiint(double x) { return static_cast<int>(bits_as<unsigned long long>(x) >> 32); }
+inline float __fadd_rd(float a, float b) {
+  const double sum = static_cast<double>(a) + b;
+  const float rounded = static_cast<float>(sum);
+  return rounded > sum ? std::nextafter(rounded, -std::numeric_limits<float>::infinity()) : rounded;
+}
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned long long>(a) * b >> 32; }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int __clzll(long long x) { return x ? __builtin_clzll(x) : 64; }

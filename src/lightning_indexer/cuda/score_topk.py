@@ -144,10 +144,16 @@ class Shape:
         return self.groups if self.capacity <= 2048 else self.groups // 2
 
     @property
+    def holds_list(self) -> bool:
+        """`kHoldsList` of kernels/score.cu."""
+        return self.groups > 4 and self.queries == 1 and self.capacity <= 4096
+
+    @property
     def offset(self) -> int:
         """Bytes of `Shared` in kernels/score.cu, which checks that they suffice."""
         weights = 4 * ((self.heads // 4 + 3) // 4 * 4 + 4) * 4
-        return -(-(self.queries * (self.heads * 8 + weights + 32) + self.teams * 2080 + 512) // 1024) * 1024
+        held = 8 * (self.capacity + self.threads) + 1040 if self.holds_list else 0
+        return -(-(self.queries * (self.heads * 8 + weights + 32) + self.teams * 2080 + held + 512) // 1024) * 1024
 
     def __str__(self) -> str:
         numbers = (
@@ -309,7 +315,8 @@ def specialisations(schema: CacheSchema, arch: str) -> Iterator[Specialisation]:
                             seen.add(_score_specialisation(schema, product, listed, False, arch))
     yield from sorted(seen, key=str)
     for top_k, *_ in _LISTS:
-        yield _merge_specialisation(schema, top_k, arch)
+        for is_lone in (True, False):
+            yield _merge_specialisation(schema, top_k, is_lone, arch)
 
 
 def _queries_wanted(heads: int) -> tuple[int, ...]:
@@ -349,12 +356,13 @@ def _plan(
         threads=shape.threads + (_producer_threads(shape) if _is_copied(product, shape) else 0),
         shared_bytes=_shared_bytes(product, shape, schema),
     )
+    is_lone = shape.queries <= _FEW_QUERIES
     merge = load_kernel(
-        _merge_specialisation(schema, top_k, arch),
+        _merge_specialisation(schema, top_k, is_lone, arch),
         device_index,
         MERGE_PARAMETERS,
         threads=_MERGE_THREADS,
-        shared_bytes=8 * (_merge_capacity(top_k) + _lists(top_k)[0]) + _MERGE_SCRATCH_BYTES,
+        shared_bytes=_merge_shared_bytes(top_k, is_lone, arch),
         overlaps=_arch_number(arch) >= _FIRST_OVERLAP_ARCH,
     )
     multiprocessors = _multiprocessors(device_index)
@@ -479,7 +487,7 @@ def _workspace_bytes(blocks: int, queries: int, capacity: int, top_k: int) -> in
     """As `Workspace` in kernels/work.cuh lays it out."""
     is_apart = queries <= _FEW_QUERIES
     later, fronts = (capacity, 2 * top_k) if is_apart else (top_k, 0)
-    return blocks * (queries * ((capacity + later + fronts) * 8 + 2 * 16) + 3 * 4)
+    return blocks * (queries * ((capacity + later + fronts) * 8 + 2 * 16) + 4 * 4)
 
 
 def _shared_bytes(product: Product, shape: Shape, schema: CacheSchema) -> int:
@@ -519,8 +527,18 @@ def _score_specialisation(
     return Specialisation("score.cu", "score_topk", arguments, arch)
 
 
-def _merge_specialisation(schema: CacheSchema, top_k: int, arch: str) -> Specialisation:
-    return Specialisation("merge.cu", "merge_topk", (block_type(schema), str(_merge_capacity(top_k))), arch)
+def _merge_specialisation(schema: CacheSchema, top_k: int, is_lone: bool, arch: str) -> Specialisation:
+    arguments = (block_type(schema), str(_merge_capacity(top_k)), "true" if is_lone else "false")
+    return Specialisation("merge.cu", "merge_topk", arguments, arch)
+
+
+def _merge_shared_bytes(top_k: int, is_lone: bool, arch: str) -> int:
+    """`MergeShared` of kernels/merge.cu; of lone queries, more than half of what a multiprocessor has.
+
+    There are no more of them than multiprocessors. Blocks that share one wait for each other while others are idle.
+    """
+    needed = 8 * (_merge_capacity(top_k) + _lists(top_k)[0]) + _MERGE_SCRATCH_BYTES
+    return max(needed, _shared_limit(arch) // 2 + 1024) if is_lone else needed
 
 
 def _merge_capacity(top_k: int) -> int:

@@ -2,7 +2,8 @@
 //
 // A tile is kHalves times 64 entries, for one warpgroup: of each half a warp takes sixteen, a lane its share of two
 // (keys.cuh). Both feeds keep several tiles under way in shared memory and offer the same:
-//     prepare(rings, thread)     called by all threads first
+//     prepare(rings, thread, watchers)     called by all threads first; watchers: warps beside the producers that go along
+//                            from part to part (`next_part`)
 //     await_copied, announce_part, announce_loaded(rings)     around the writing of a part, and behind its queries
 //     begin(part, rings)     called by all that score, once the part is known
 //     has_tile()             whether this warpgroup has a tile left
@@ -94,7 +95,7 @@ struct LaneFeed {
       : pages(pages), lists(rows.lists), sequence(pages, {}), walk(0, 1) {}
 
   __device__ static __forceinline__ void take_registers() {}
-  __device__ static __forceinline__ void prepare(uint8_t*, uint32_t) {}
+  __device__ static __forceinline__ void prepare(uint8_t*, uint32_t, int) {}
   __device__ static __forceinline__ void await_copied(uint8_t*) {}
   __device__ static __forceinline__ void announce_part(uint8_t*) {}
   __device__ static __forceinline__ void announce_loaded(uint8_t*) {}
@@ -238,8 +239,11 @@ struct BulkFeed {
       (kLaunchRegisters * kThreads - kProducerRegisters * kProducerThreads) / (kGroups * 128) / 8 * 8;
   static_assert(kScorerRegisters <= 256, "setmaxnreg gives no more");
   static constexpr int kSlots = kGroups * kStages;
-  static constexpr int kDataBytes = kTile * Block::kDataBytes, kScaleBytes = kTile * Block::kScaleBytes;
-  static constexpr int kSlotBytes = kDataBytes + kScaleBytes;
+  // A tile comes in runs whose data rows lie side by side in a page, and so do their scale rows; both, if a page is one run.
+  static constexpr int kRun = Block::kEntries % 64 == 0 ? 64 : Block::kEntries % 32 == 0 ? 32 : 16;
+  static constexpr int kDataBytes = kRun * Block::kDataBytes, kScaleBytes = kRun * Block::kScaleBytes;
+  static constexpr int kRunBytes = kDataBytes + kScaleBytes, kSlotBytes = kTile / kRun * kRunBytes;
+  static constexpr bool kIsPage = Block::kEntries == kRun && Block::kScaleOffset == kDataBytes;
 
   struct Control {
     uint64_t full[kSlots], empty[kSlots];
@@ -278,7 +282,7 @@ struct BulkFeed {
   __device__ static __forceinline__ void take_registers() { acquire_registers<kScorerRegisters>(); }
 
   // All threads, before anybody waits.
-  __device__ static __forceinline__ void prepare(uint8_t* rings, uint32_t thread) {
+  __device__ static __forceinline__ void prepare(uint8_t* rings, uint32_t thread, int watchers) {
     if (thread == 0) {  // several warps take longer
       const uint32_t control = shared_address(rings);
       for (int i = 0; i < kSlots; ++i) {
@@ -287,7 +291,7 @@ struct BulkFeed {
       }
       mbarrier_init(control + kKnown, 1);
       mbarrier_init(control + kLoaded, 4 * kGroups);
-      mbarrier_init(control + kCopied, kGroups);
+      mbarrier_init(control + kCopied, kGroups + watchers);
       store_shared(control + kParts, 0);
       mbarrier_publish();
     }
@@ -320,8 +324,8 @@ struct BulkFeed {
     group = thread / 128;
     full = shared_address(rings) + 8 * group;
     const uint32_t slot = shared_address(rings) + kControlBytes + group * kSlotBytes;
-    pieces = slot + row * Block::kDataBytes + c * Keys::kPieceBytes;
-    words = slot + kDataBytes + row * Block::kScaleBytes + 4 * Keys::scale_word(c);
+    pieces = slot + row / kRun * kRunBytes + row % kRun * Block::kDataBytes + c * Keys::kPieceBytes;
+    words = slot + row / kRun * kRunBytes + kDataBytes + row % kRun * Block::kScaleBytes + 4 * Keys::scale_word(c);
     left = Share(part, group).count;
   }
   __device__ __forceinline__ bool has_tile() const { return left != 0; }
@@ -338,9 +342,9 @@ struct BulkFeed {
   __device__ __forceinline__ void read(int half, typename Keys::Row (&rows)[2]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t offset = step % kStages * (kGroups * kSlotBytes), row = half * kHalfEntries + 8 * i;
-      read_pieces<Keys>(pieces + offset + row * Block::kDataBytes, 4 * Keys::kPieceBytes, rows[i]);
-      if constexpr (Keys::kScaleWords) load_shared<4>(words + offset + row * Block::kScaleBytes, &rows[i].scale);
+      const uint32_t offset = step % kStages * (kGroups * kSlotBytes) + half * (kHalfEntries / kRun * kRunBytes);
+      read_pieces<Keys>(pieces + offset + 8 * i * Block::kDataBytes, 4 * Keys::kPieceBytes, rows[i]);
+      if constexpr (Keys::kScaleWords) load_shared<4>(words + offset + 8 * i * Block::kScaleBytes, &rows[i].scale);
     }
   }
 
@@ -354,6 +358,16 @@ struct BulkFeed {
   // The copy engine writes behind ordinary accesses' back.
   __device__ static __forceinline__ void reclaim() { wgmma_publish(); }
 
+  // A warp beside those that score: wait for the next part, after `parts`; false if there is none. Then let it be overwritten.
+  __device__ static __forceinline__ bool next_part(uint8_t* rings, const Part& part, uint32_t parts) {
+    mbarrier_wait(shared_address(rings) + kKnown, parts & 1);
+    return !part.is_none;
+  }
+  __device__ static __forceinline__ void leave_part(uint8_t* rings) {
+    __syncwarp();
+    if (threadIdx.x % kWarpThreads == 0) mbarrier_arrive(shared_address(rings) + kCopied);
+  }
+
   // The producer of warpgroup `group`.
   struct Producer {
     uint32_t group, step;  // tiles copied so far
@@ -362,13 +376,9 @@ struct BulkFeed {
 
     // All lanes, part after part until there is none. `part` is written anew once this has arrived at `copied`.
     __device__ __forceinline__ void run(const Pages& pages, uint8_t* rings, const Part& part) {
-      const uint32_t control = shared_address(rings);
-      for (uint32_t parts = 0;; ++parts) {
-        mbarrier_wait(control + kKnown, parts & 1);
-        if (part.is_none) return;
+      for (uint32_t parts = 0; next_part(rings, part, parts); ++parts) {
         produce(pages, rings, part);
-        __syncwarp();
-        if (threadIdx.x % kWarpThreads == 0) mbarrier_arrive(control + kCopied);
+        leave_part(rings);
       }
     }
 
@@ -380,11 +390,9 @@ struct BulkFeed {
       return (parts & 1) ^ 1;
     }
 
-    // A tile's bytes are contiguous in runs of kRun entries; a lane looks up and copies one run. Behind the first tile it
-    // waits until the part's queries are loaded: they would come last if they had to queue behind all keys that the slots of
-    // all blocks hold.
+    // A lane looks up and copies one run. Behind the first tile it waits until the part's queries are loaded: they would come
+    // last if they had to queue behind all keys that the slots of all blocks hold.
     __device__ __forceinline__ void produce(const Pages& pages, uint8_t* rings, const Part& part) {
-      constexpr uint32_t kRun = Block::kEntries % 64 == 0 ? 64 : Block::kEntries % 32 == 0 ? 32 : 16;
       constexpr uint32_t kCopies = kTile / kRun, kTilesAtOnce = kWarpThreads / kCopies;
       const uint32_t lane = threadIdx.x % kWarpThreads, run = lane % kCopies;
       const uint32_t control = shared_address(rings);
@@ -411,11 +419,10 @@ struct BulkFeed {
               mbarrier_expect(full, kSlotBytes);
             }
             if constexpr (kCopies > 1) __syncwarp(((1u << kCopies) - 1) << (i * kCopies));  // expected before it arrives
-            copy_bulk(target + run * kRun * Block::kDataBytes, source + row * Block::kDataBytes,
-                      kRun * Block::kDataBytes, full);
-            if constexpr (kScaleBytes > 0) {
-              copy_bulk(target + kDataBytes + run * kRun * Block::kScaleBytes,
-                        source + Block::kScaleOffset + row * Block::kScaleBytes, kRun * Block::kScaleBytes, full);
+            const uint32_t place = target + run * kRunBytes;
+            copy_bulk(place, source + row * Block::kDataBytes, kIsPage ? kRunBytes : kDataBytes, full);
+            if constexpr (!kIsPage && kScaleBytes > 0) {
+              copy_bulk(place + kDataBytes, source + Block::kScaleOffset + row * Block::kScaleBytes, kScaleBytes, full);
             }
           }
           __syncwarp();

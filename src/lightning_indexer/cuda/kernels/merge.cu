@@ -15,20 +15,20 @@ namespace lightning_indexer {
 constexpr int kMergeThreads = 512;
 constexpr int kMaxParts = 256;  // score_topk.py starts no more blocks
 
-// kCapacity: Front::merge_room. kMaxTopK: the largest top_k with that room.
+// kCapacity: Front::merge_room. kMaxTopK: the largest top_k with that room. kIsLone: whether groups are lone queries.
 template <int kCapacity>
 struct MergeShared {
   static constexpr int kMaxTopK = kCapacity == 4096 ? 512 : kCapacity / 4;
   uint64_t keys[kCapacity];
   uint64_t ordered[kMaxTopK];
   PartList lists[kMaxParts];
-  uint32_t total, top, width;            // keys that lie in front, their highest rank, the longest part's
-  uint32_t lowest_bound, highest_bound;  // ranks
+  uint32_t total, bottom, top, width;    // keys that lie in front, their lowest and highest rank, the longest part's
+  uint32_t lowest_bound, highest_bound, floor;  // ranks
   uint32_t count;
   Team<kMergeThreads>::Scratch team_scratch;
 };
 
-template <class Block, int kCapacity>
+template <class Block, int kCapacity, bool kIsLone>
 __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
     int32_t queries,
     int32_t capacity,
@@ -54,11 +54,12 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
     int32_t early_blocks,
     uint8_t* workspace) {  // not __restrict__: it may still be written when this kernel starts
   using HeldKeys = Selection<SharedKeys<kCapacity, kMergeThreads>>;
+  using Chosen = Selection<SharedKeys<MergeShared<kCapacity>::kMaxTopK, kMergeThreads>>;
 
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
   MergeShared<kCapacity>& shared = *reinterpret_cast<MergeShared<kCapacity>*>(dynamic_shared);
 
-  const Workspace space = {workspace, queries, capacity, top_k};
+  const Workspace space = {workspace, kIsLone ? 1 : queries, capacity, top_k};
   const int first_block = static_cast<int>(blockIdx.x), query = static_cast<int>(blockIdx.y);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpThreads;
   const Team<kMergeThreads> team = {thread, 0, shared.team_scratch};
@@ -66,39 +67,43 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
     return is_first ? space.candidates(block, query) : space.later_part(block, query);
   };
   for (bool rehearses = first_block < early_blocks && query == 0;; rehearses = false) {
-    for (int i = thread; i < team.kBins; i += kMergeThreads) shared.team_scratch.bins[i] = 0;
+    team.template fill<team.kBins>(shared.team_scratch.bins, 0u);
+    team.template fill<MergeShared<kCapacity>::kMaxTopK>(shared.ordered, kPadding);
     if (thread == 0) {
-      shared.total = shared.top = shared.width = shared.highest_bound = shared.team_scratch.total = 0;
-      shared.lowest_bound = ~0u;
+      shared.total = shared.top = shared.width = shared.highest_bound = shared.floor = shared.team_scratch.total = 0;
+      shared.lowest_bound = shared.bottom = shared.team_scratch.low = ~0u, shared.team_scratch.high = 0;
     }
     __syncthreads();
+    const int block = first_block + thread;  // which may have a part of the group
+    const PartList* const list_place = thread ? &space.later_list(block, query) : &space.first_list(block, query);
+    const SplitGroup* const group_place = &space.split_group(first_block);
     if (!rehearses) wait_for_last_kernel();
 
     // --- what lies in front -------------------------------------------------------------------------------------------
-    SplitGroup group = {0, 1, first_block};
-    PartList list = {kNoCandidate, kMergeThreads, true};
+    SplitGroup group = {0, 1, first_block, 0};
+    PartList list = {kNoCandidate, kMergeThreads, true, 0};
     if (!rehearses) {
-      if (first_block + thread < all_blocks()) {  // in case it is one of the group's
-        list = thread ? space.later_list(first_block + thread, query) : space.first_list(first_block, query);
-      }
-      group = space.split_group(first_block);
+      if (block < all_blocks()) list = *list_place;
+      group = *group_place;
       if (query >= group.size) return;
     }
     const int parts = group.last_block - first_block + 1, wanted = rehearses ? min(kWarpThreads, top_k) : top_k;
-    const Front front(top_k, parts);
     if (thread - lane < parts) {
       const uint32_t highest = thread < parts ? rank_of_key(list.bound) : 0, lowest = highest ? highest : ~0u;
-      const uint32_t width = thread < parts ? list.is_whole ? list.count : front.most : 0;
+      const uint32_t width = thread < parts ? list.is_whole ? list.count : group.front : 0;
       if (thread < parts) shared.lists[thread] = list;
       const uint32_t widest = __reduce_max_sync(kFullWarp, width);
       const uint32_t low = __reduce_min_sync(kFullWarp, lowest), high = __reduce_max_sync(kFullWarp, highest);
+      const uint32_t floor = __reduce_max_sync(kFullWarp, thread < parts ? list.floor : 0);
       if (lane == 0) {
-        atomicMax(&shared.width, widest), atomicMin(&shared.lowest_bound, low), atomicMax(&shared.highest_bound, high);
+        atomicMax(&shared.width, widest), atomicMax(&shared.floor, floor);
+        atomicMin(&shared.lowest_bound, low), atomicMax(&shared.highest_bound, high);
       }
     }
     __syncthreads();
-    // As many places for each part as the longest takes. i / width is the high word of i * per_place.
-    const uint32_t width = shared.width, per_place = 0xFFFFFFFFu / max(width, 1u) + 1;
+    // As many places for each part as the longest takes.
+    const uint32_t width = shared.width;
+    const float per_place = approximate_reciprocal(static_cast<float>(max(width, 1u)));  // near enough for small quotients
     const int places = parts * static_cast<int>(width);
     if (rehearses) {
       shared.keys[thread] = key_of(static_cast<float>(thread % 100), thread);
@@ -107,11 +112,11 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
       const uint64_t* const later_front = space.front(first_block, query, false);  // of the part of this block, if any
 #pragma unroll 1
       for (int i = thread; i < places; i += kMergeThreads) {
-        const uint32_t part = width == 1 ? i : __umulhi(i, per_place), place = i - part * width;
+        const uint32_t part = static_cast<uint32_t>((static_cast<float>(i) + 0.5f) * per_place), place = i - part * width;
         const PartList& from = shared.lists[part];
         const uint64_t* keys = part ? later_front + part * space.front_stride() : first_front;
         if (from.is_whole) keys = list_of(first_block + part, part == 0);
-        if (place < (from.is_whole ? from.count : front.most)) {
+        if (place < (from.is_whole ? from.count : group.front)) {
           copy_async<8>(shared_address(&shared.keys[i]), reinterpret_cast<const uint8_t*>(keys + place));
         } else {
           shared.keys[i] = kNoCandidate;
@@ -121,35 +126,38 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
       copy_wait<0>();
     }
     {  // of what this thread has brought itself
-      uint32_t total = 0, top = 0;
+      uint32_t total = 0, bottom = ~0u, top = 0;
 #pragma unroll 1
       for (int i = thread; i < places; i += kMergeThreads) {
         const uint64_t key = shared.keys[i];
-        total += key != kNoCandidate, top = max(top, rank_of_key(key));
+        total += key != kNoCandidate, HeldKeys::extend(bottom, top, key);
       }
-      total = __reduce_add_sync(kFullWarp, total), top = __reduce_max_sync(kFullWarp, top);
-      if (lane == 0) atomicAdd(&shared.total, total), atomicMax(&shared.top, top);
+      total = __reduce_add_sync(kFullWarp, total);
+      bottom = __reduce_min_sync(kFullWarp, bottom), top = __reduce_max_sync(kFullWarp, top);
+      if (lane == 0) atomicAdd(&shared.total, total), atomicMin(&shared.bottom, bottom), atomicMax(&shared.top, top);
     }
     HeldKeys held(team, shared.keys, places);
     uint64_t threshold = kAnyCandidate;
     if (static_cast<int>(shared.total) > wanted) {
       // Parts that have a bound have more keys from there on than their share of the wanted ones.
-      const uint32_t bottom = shared.lowest_bound < shared.top ? shared.lowest_bound : held.likely_bottom(shared.top);
+      const uint32_t bottom = shared.lowest_bound < shared.top ? shared.lowest_bound : max(shared.bottom, shared.floor);
       threshold = held.threshold_from(team, wanted, 0, bottom, shared.top);
     }
-    int count = held.gather(team, threshold, shared.ordered);
 
     // --- what lies behind, where it is wanted -------------------------------------------------------------------------
-    if (shared.highest_bound >= rank_of_key(threshold)) {
+    if (__builtin_expect(shared.highest_bound >= rank_of_key(threshold), false)) {
+      int count = held.collect(team, threshold, kNoCandidate, shared.ordered);
       for (int i = 0; i < parts; ++i) {
         const PartList& behind = shared.lists[i];
         const uint64_t* const keys = list_of(first_block + i, i == 0);
-        int from = space.is_apart() ? 0 : front.most;
+        int from = space.is_apart() ? 0 : group.front;
         for (; from < behind.count && behind.bound > threshold; from += kCapacity - top_k) {
+#pragma unroll 1
           for (int j = thread; j < count; j += kMergeThreads) shared.keys[j] = shared.ordered[j];
           if (thread == 0) shared.count = static_cast<uint32_t>(count);
           __syncthreads();
           const int to = min(behind.count, from + kCapacity - top_k);
+#pragma unroll 1
           for (int j = from + thread; j < to; j += kMergeThreads) {
             const uint64_t key = keys[j];
             if (key >= threshold && key < behind.bound) shared.keys[atomicAdd(&shared.count, 1u)] = key;
@@ -160,6 +168,11 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
           count = held.collect(team, threshold, kNoCandidate, shared.ordered);
         }
       }
+#pragma unroll 1
+      for (int i = thread; i < count; i += kMergeThreads) shared.keys[i] = shared.ordered[i];
+      if (thread == 0) shared.team_scratch.total = 0;
+      __syncthreads();
+      held = HeldKeys(team, shared.keys, count);
     }
 
     // --- the top k ----------------------------------------------------------------------------------------------------
@@ -167,20 +180,19 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
                              top_k, by_score};
     const int64_t row = group.row + query;
     const Lists lists = {candidates, num_candidates, candidate_shift};
-    const int64_t seq = clamped_seq({seq_ids, seq_ids_are_int64}, row, num_seqs);
     const auto slot_of = [&](uint32_t entry) {
       const int first = static_cast<int>(candidates ? lists.entry(row, entry) : entry);
       if (!as_slots) return first;
-      const int64_t column = first / Block::kEntries;
+      const int64_t seq = clamped_seq({seq_ids, seq_ids_are_int64}, row, num_seqs), column = first / Block::kEntries;
       const int32_t block = block_table[seq * table_row_stride + column * table_column_stride];
       return clamped_block(block, num_blocks) * Block::kEntries + first % Block::kEntries;
     };
-    held = HeldKeys(team, shared.ordered, count);
-    const int kept = held.emit_in_order(
-        team, threshold, shared.keys, [&](uint64_t key) { return results.sortable(key); },
-        [&](int place, uint64_t value) {
-          if (!rehearses) results.write(row, place, value, slot_of);
-        });
+    const int count =
+        held.gather_to_emit(team, threshold, shared.ordered, [&](uint64_t key) { return results.sortable(key); });
+    Chosen chosen(shared.ordered, count);
+    const int kept = chosen.emit_values(team, shared.keys, [&](int place, uint64_t value) {
+      if (!rehearses) results.write(row, place, value, slot_of);
+    });
     if (!rehearses) return results.fill(team, row, kept);
     __syncthreads();
   }

@@ -18,11 +18,13 @@
 // within a quad of lanes finish a score, always in the same order, so its bits depend on the query and the entry alone. No
 // score leaves the registers but the few that pass their query's threshold; they become candidates (select.cuh).
 // When a list of candidates runs full, the block meets, cuts the lists back to about the top k, and raises the
-// thresholds. At the end of a group the block selects exactly, or leaves its part to merge.cu.
+// thresholds; where warps are left over, they raise a lone query's meanwhile (raise.cuh). At the end of a group the block
+// selects exactly, or leaves its part to merge.cu.
 //
 // What was measured for these choices is in docs/decisions.md.
 #include "feed.cuh"
 #include "query.cuh"
+#include "raise.cuh"
 #include "select.cuh"
 #include "work.cuh"
 
@@ -44,7 +46,11 @@ struct Shape {
   static constexpr int kHeads = kHeads_, kQueries = kQueries_, kPerMma = kPerMma_, kGroups = kGroups_;
   static constexpr int kCapacity = kCapacity_, kTeams = kTeams_, kStages = kStages_, kOffset = kOffset_;
   static constexpr int kThreads = kGroups * 128;
-  static constexpr int kLoneTeam = kGroups >= 4 ? 512 : kGroups >= 2 ? 256 : 128;
+  // Whether a lone query's list is in shared memory, and its threshold raised by warps that are left over: those that feed
+  // five warpgroups come in two.
+  static constexpr bool kHoldsList = kGroups > 4 && kQueries == 1 && kCapacity <= 4096;
+  static constexpr int kRaisers = kHoldsList ? 8 - kGroups : 0;
+  static constexpr int kLoneTeam = kHoldsList ? kThreads : kGroups >= 4 ? 512 : kGroups >= 2 ? 256 : 128;
   static constexpr int kTeamThreads = kTeams == 1 ? kLoneTeam : kThreads / kTeams;
   static constexpr int kHalves = kHalves_, kTile = kHalves * kHalfEntries;
   static constexpr int kMaxTopK = kMaxTopK_;
@@ -55,6 +61,18 @@ struct Shape {
   static_assert(kGroups % kTeams == 0, "a team is some warpgroups");
 };
 
+// Named barriers of a block: 0 for all that score, one per warpgroup, one per team, one for the warps that raise.
+constexpr int kFirstGroupBarrier = 1, kFirstTeamBarrier = 8, kRaiserBarrier = 15;
+
+template <class Shape>
+struct HeldList {
+  alignas(16) uint64_t keys[Shape::kCapacity + Shape::kTeamThreads];  // in whole rounds of the team
+  Raiser<Shape::kRaisers, kRaiserBarrier> raiser;
+};
+struct NoList {
+  static constexpr uint64_t* keys = nullptr;
+};
+
 template <class Shape>
 struct Shared {
   using Teams = Team<Shape::kTeamThreads>;
@@ -62,6 +80,7 @@ struct Shared {
   Range range;
   double factor;
   Part part;
+  Front front;  // of the part, if its group is split
   bool has_unusual_weights;
   double folded[Shape::kQueries * Shape::kHeads];
   float2 row_scales[Shape::kQueries];  // what a score is still to be multiplied by: powers of two, mostly 1
@@ -72,6 +91,7 @@ struct Shared {
   uint32_t ends[Shape::kQueries];    // where the next candidate goes, in keys of the workspace
   uint32_t limits[Shape::kQueries];  // from there on a list is cut back
   typename Teams::Scratch team_scratch[Shape::kTeams];
+  typename Either<Shape::kHoldsList, HeldList<Shape>, NoList>::Type held;
 };
 
 // Sum two values over pairs of lanes two apart; the lanes that are upper keep the second sum, the others the first, in `a`.
@@ -79,9 +99,6 @@ __device__ __forceinline__ void exchange(bool is_upper, float& a, float b) {
   const float mine = is_upper ? b : a, theirs = is_upper ? a : b;
   a = mine + __shfl_xor_sync(kFullWarp, theirs, 2);
 }
-
-// Named barriers of a block: 0 for all that score, one per warpgroup, one per team.
-constexpr int kFirstGroupBarrier = 1, kFirstTeamBarrier = 8;
 
 template <class Keys, class Mma, class Feed, class Block, class Shape, int kTerms, bool kDense>
 __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) score_topk(
@@ -122,6 +139,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
   using SharedData = Shared<Shape>;
   using HeldKeys = Selection<RegisterKeys<Shape::kCapacity, kTeamThreads>>;
   constexpr int kHalves = Shape::kHalves;
+  constexpr bool kHoldsList = Shape::kHoldsList && !kDense;
   constexpr int kOperandBytes = Shape::kQueries / kPerMma * Mma::kBytes;
   constexpr int kSortBytes = Shape::kTeams * Shape::kMaxTopK * 8;
   // At the end of a part, when no tiles are under way, a lone team has their place in the rings for its candidates and their
@@ -133,6 +151,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
   static_assert(sizeof(SharedData) <= Shape::kOffset && Shape::kOffset % 1024 == 0, "room before the operands");
   static_assert(Mma::kColumns == kPerMma * kHeads, "a product has a column per query and head");
   static_assert(Shape::kIsListed == Feed::kIsListed, "the feed follows the lists");
+  static_assert(!kHoldsList || kIsRoomy, "a list in shared memory is chosen from there");
 
   let_next_kernel_start();
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];  // the swizzle of wgmma's operand counts on it
@@ -150,38 +169,71 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
                            top_k, by_score};
   const Pages pages = {storage, block_table, table_row_stride, static_cast<uint32_t>(block_stride),
                        4 * static_cast<uint32_t>(table_column_stride), static_cast<uint32_t>(num_blocks)};
-  Feed::prepare(rings, thread);
+  if (Shape::kQueries == 1 && thread >= kWarpThreads && thread < 2 * kWarpThreads) rows.touch(thread - kWarpThreads);
+  const auto clear_list = [&](uint32_t rank, uint32_t threads) {
+#pragma unroll 1
+    for (uint32_t i = rank; i < Shape::kCapacity / 2; i += threads) {
+      reinterpret_cast<uint4*>(shared.held.keys)[i] = {0, 0, 0, 0};
+    }
+  };
+  if constexpr (kHoldsList) {
+    if (thread == 0) {
+      shared.held.raiser.begin();
+    } else if (thread >= kWarpThreads) {  // the first warp has more to prepare
+      clear_list(thread - kWarpThreads, kThreads + Feed::kProducerThreads - kWarpThreads);
+    }
+  }
+  Feed::prepare(rings, thread, kHoldsList ? Shape::kRaisers : 0);
   if constexpr (Feed::kProducerThreads > 0) {
     if (thread >= kThreads) {
       Feed::give_registers();
       typename Feed::Producer producer((thread - kThreads) / kWarpThreads);
-      if (producer.group < kGroups) producer.run(pages, rings, shared.part);
+      if (producer.group < kGroups) {
+        producer.run(pages, rings, shared.part);
+      } else if constexpr (kHoldsList) {
+        static_assert(Feed::kProducerThreads == (kGroups + Shape::kRaisers) * kWarpThreads, "warps are left over");
+        uint32_t parts = 0;
+        // Whether lists may get long enough.
+        const bool rehearses = num_tokens * max_entries > 2 * static_cast<int64_t>(all_blocks()) * top_k;
+        shared.held.raiser.run(
+            [&] { return Feed::next_part(rings, shared.part, parts++); },
+            [&] { return (shared.part.end - shared.part.begin) * Shape::kTile < 2 * top_k; },
+            [&] { Feed::leave_part(rings); },
+            shared.held.keys, shared.ends, top_k, shared.thresholds, shared.score_thresholds, rehearses);
+      }
       return;
     }
   }
   Feed::take_registers();
   Feed feed(pages, rows);
   const typename SharedData::Plan plan = {rows};
+  // Where a list is collected, and the first of its places there.
+  uint64_t* const collected = kHoldsList ? shared.held.keys : space.keys();
+  const auto list_start = [&](uint32_t q, bool is_first) {
+    return kHoldsList ? 0 : space.collected_at(this_block(), q, is_first);
+  };
   if (thread < kWarpThreads) {
     plan.find_range(shared.range);
   } else {
     const uint32_t q = thread - kWarpThreads;
     if (q == 0) shared.factor = static_cast<double>(query_global_scale) * global_scale * Keys::kUnit;
-    if (!kDense && q == 0) space.split_group(this_block()) = {0, 0, 0};
+    if (!kDense && q == 0) space.split_group(this_block()) = {0, 0, 0, 0};
     if (!kDense && q < Shape::kQueries) {  // the merge looks at more lists than it uses
-      space.first_list(this_block(), q) = space.later_list(this_block(), q) = {kNoCandidate, 0, 0};
+      space.first_list(this_block(), q) = space.later_list(this_block(), q) = {kNoCandidate, 0, false, 0};
     }
     // What this block will read if sequences are about equally long.
     const int64_t row = static_cast<int64_t>(this_block()) * num_tokens / all_blocks();
     queries.prefetch<Keys::kDim>(row, Shape::kQueries, num_tokens, thread - kWarpThreads, kThreads - kWarpThreads);
   }
 
-  for (;;) {
-    sync_scorers<kThreads>();  // nobody reads the last part any more, nor what lies over its operands
+  for (;; sync_scorers<kThreads>()) {  // nobody reads the last part any more, nor what lies over its operands
     if (thread < kWarpThreads) {
       Feed::await_copied(rings);
       plan.next(shared.range, shared.part);
       shared.has_unusual_weights = false;
+      if constexpr (kHoldsList) {
+        if (thread == 0) shared.held.raiser.begin(), shared.ends[0] = 0;
+      }
       Feed::announce_part(rings);
     }
     sync_scorers<kThreads>();
@@ -194,10 +246,12 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
       shared.thresholds[thread] = kAnyCandidate;
       shared.score_thresholds[thread] = score_threshold(kAnyCandidate);
       shared.lens[thread] = thread < size ? rows.len(part.group.row + thread) : 0;
-      shared.ends[thread] = space.collected_at(this_block(), thread, part.is_first);
+      shared.ends[thread] = list_start(thread, part.is_first);
       shared.limits[thread] = shared.ends[thread] + Shape::kFull;
       shared.row_scales[thread] = {1, 1};
     }
+    // By one warp, which has little to load: divisions by all of them would take longer than anything else behind the scores.
+    if (!kDense && thread >= kThreads - kWarpThreads) shared.front = Front(top_k, part.parts);
     const Weights<kHeads> put_weights = {shared.weights, shared.folded, &shared.has_unusual_weights};
     load_queries<Keys, Mma, kHeads, kPerMma, kTerms, kThreads>(queries, part.group.row, size, operands, put_weights);
     Mma::publish();
@@ -303,7 +357,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
               } else if (is_candidate) {
                 place = atomicAdd(&shared.ends[query + i], 1u);
               }
-              if (is_candidate) space.keys()[place] = key;
+              if (is_candidate) collected[place] = key;
             }
           }
         }
@@ -324,20 +378,26 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
       }
       if (barrier_all<kThreads>(0, !feed.has_tile())) break;
       const uint32_t self = this_thread(), team_index = self / kTeamThreads;
+      if constexpr (kHoldsList) shared.held.raiser.count_cut(self);
       const Team<kTeamThreads> team = {static_cast<int>(self % kTeamThreads),
                                        static_cast<int>(kFirstTeamBarrier + team_index),
                                        shared.team_scratch[min(team_index, Shape::kTeams - 1u)]};
       for (uint32_t q = team_index; team_index < Shape::kTeams && q < size; q += Shape::kTeams) {
-        const uint32_t start = space.collected_at(this_block(), q, part.is_first);
+        const uint32_t start = list_start(q, part.is_first);
         const int count = static_cast<int>(shared.ends[q] - start);
         const int room = Shape::kFull - top_k;
         if (4 * (count - top_k) < room) continue;
-        uint64_t* const list = space.keys() + start;
+        uint64_t* const list = collected + start;
         HeldKeys held(team, list, count);
-        const uint64_t threshold = held.threshold(team, top_k, room / 8);
+        // Where the keys take most registers, without what makes up for differing signs.
+        const uint64_t threshold = held.template threshold<(HeldKeys::kUnrolled > 16)>(team, top_k, room / 8);
         // Lists of a lone query are few keys to each of many threads: there `collect` was quicker (64 x 8,192: by 0.3 us).
         const int left = Shape::kQueries == 1 ? held.collect(team, threshold, kNoCandidate, list)
                                               : held.compact(team, threshold, list);
+        if (kHoldsList) {
+#pragma unroll 1
+          for (int i = left + team.rank; i < count; i += kTeamThreads) list[i] = kNoCandidate;
+        }
         if (team.rank == 0) {
           shared.thresholds[q] = threshold;
           shared.score_thresholds[q] = score_threshold(threshold);
@@ -345,30 +405,35 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
         }
       }
       sync_scorers<kThreads>();
+      if constexpr (kHoldsList) shared.held.raiser.count_cut(self);
     }
 
     // --- finish -----------------------------------------------------------------------------------------------------
     const uint32_t self = this_thread(), team_index = self / kTeamThreads;
+    if constexpr (kHoldsList) shared.held.raiser.end(self);
     const Team<kTeamThreads> team = {static_cast<int>(self % kTeamThreads),
                                      static_cast<int>(kFirstTeamBarrier + team_index),
                                      shared.team_scratch[min(team_index, Shape::kTeams - 1u)]};
-    const Sequence<Block> sequence(pages, part.group);
     const bool is_split = !(part.is_first && part.is_last);
     uint64_t* const ordered = kIsRoomy ? reinterpret_cast<uint64_t*>(rings + Feed::kControlBytes)
                                        : reinterpret_cast<uint64_t*>(operands) +
                                              team_index * max(power_of_two_at_least(top_k), kWarpThreads);
     for (uint32_t q = team_index; team_index < Shape::kTeams && q < size; q += Shape::kTeams) {
       const uint32_t start = space.collected_at(this_block(), q, part.is_first);
-      const int count = static_cast<int>(shared.ends[q] - start);
+      const int count = static_cast<int>(shared.ends[q] - list_start(q, part.is_first));
       uint64_t* const candidates = space.keys() + start;
-      const Front front(top_k, part.parts);
+      const Front front = shared.front;
       PartList& list = part.is_first ? space.first_list(this_block(), q) : space.later_list(this_block(), q);
-      if (is_split && space.is_apart() && count <= front.whole) {
-        if (team.rank == 0) list = {kNoCandidate, count, true};
+      const uint64_t from = shared.thresholds[q];  // that the top k reach: it may still be raised
+      const uint32_t floor = rank_of_key(from);
+      if (!kHoldsList && is_split && space.is_apart() && count <= front.whole) {
+        if (team.rank == 0) list = {kNoCandidate, count, true, floor};
         continue;
       }
       LastKeys held = [&] {
-        if constexpr (kIsRoomy) {
+        if constexpr (kHoldsList) {
+          return LastKeys(team, collected, count);
+        } else if constexpr (kIsRoomy) {
           uint64_t* const place = ordered + Shape::kMaxTopK;
 #pragma unroll 1
           for (int i = team.rank; i < count; i += kTeamThreads) {
@@ -386,6 +451,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
       const uint64_t threshold = fits ? kAnyCandidate : held.threshold(team, top_k, 0);
       if (!is_split) {
         const int64_t row = part.group.row + q;
+        const Sequence<Block> sequence(pages, part.group);
         const auto slot_of = [&](uint32_t entry) {
           if constexpr (Shape::kIsListed) entry = rows.lists.entry(row, entry);
           if (!as_slots) return static_cast<int32_t>(entry);
@@ -398,11 +464,23 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
             [&](int place, uint64_t value) { results.write(row, place, value, slot_of); });
         results.fill(team, row, kept);
       } else {
-        const int kept = fits ? count : top_k;
+        int kept = fits ? count : top_k;
         if (space.is_apart() && team.rank == 0) team.scratch.total = 0;
         team.sync();  // all have read what the last threshold left in the team's memory
+        if (kHoldsList && front.whole < top_k) {  // to where the merge looks behind the front
+#pragma unroll 1
+          for (int i = team.rank; i < count; i += kTeamThreads) candidates[i] = collected[i];
+        } else if (kHoldsList) {
+          kept = held.compact(team, from, candidates);
+          if (kept > front.whole) {  // the threshold is far behind
+            kept = held.compact(team, held.threshold(team, top_k, front.whole - top_k), candidates);
+          }
+          if (team.rank == 0) list = {kNoCandidate, kept, true, floor};
+          continue;
+        }
         const uint64_t bound =
-            kept > front.most ? held.threshold(team, front.least, front.most - front.least) : kNoCandidate;
+            kept > front.most ? held.template threshold<Shape::kQueries == 1>(team, front.least, front.most - front.least)
+                              : kNoCandidate;
         uint64_t* const target = space.front(this_block(), q, part.is_first);
         int written = kept;
         if (space.is_apart()) {
@@ -410,14 +488,27 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
         } else {
           held.collect(team, threshold, bound, target);  // the whole list, with the front first
         }
+#pragma unroll 1
         for (int i = written + team.rank; i < front.most; i += kTeamThreads) target[i] = kNoCandidate;
-        if (team.rank == 0) list = {bound, kept, false};
+        if (team.rank == 0) list = {bound, kept, false, floor};
       }
       team.sync();
     }
-    if (kIsRoomy && shared.range.start < shared.range.end) Feed::reclaim();  // there is another part
+    const bool is_done = shared.range.start >= shared.range.end;  // there is no further part
+    if (!is_done) {
+      if (kIsRoomy) Feed::reclaim();
+      if (kHoldsList) clear_list(self, kThreads);
+    }
     if (is_split && part.is_first && self == 0) {
-      space.split_group(this_block()) = {part.group.row, static_cast<int32_t>(size), part.last_block};
+      space.split_group(this_block()) = {part.group.row, static_cast<int32_t>(size), part.last_block, shared.front.most};
+    }
+    if (is_done) {  // which those that feed need not be told by a plan
+      if (self < kWarpThreads) {
+        Feed::await_copied(rings);
+        shared.part.is_none = true;
+        Feed::announce_part(rings);
+      }
+      break;
     }
   }
 }

@@ -14,6 +14,7 @@ constexpr uint64_t kNoCandidate = 0;      // below every candidate
 constexpr uint64_t kAnyCandidate = 1;     // a threshold that all pass
 constexpr uint64_t kPadding = ~0ull;      // sorts behind every candidate
 constexpr uint32_t kNanRank = 0x007FFFFEu;  // just below -inf
+constexpr uint32_t kZeroRank = 0x80000000u;
 
 // Rank of a score: +inf, numbers (+0 equals -0), -inf, NaN.
 __device__ __forceinline__ uint32_t rank_of(float score) {
@@ -37,6 +38,36 @@ __device__ __forceinline__ uint32_t entry_of_key(uint64_t key) { return 0xFFFFFF
 
 // A score below this float cannot have a key above `threshold`; a NaN, or a score that is not below, may.
 __device__ __forceinline__ float score_threshold(uint64_t threshold) { return score_of(rank_of_key(threshold)); }
+
+// 256 equal stretches of scores that a range of ranks lies in. Their ends are multiples of a power of two, so that it is exact
+// which one a score is in, and which rank one starts with.
+struct Ruler {
+  int exponent;  // of the larger end
+  int bits;      // of a side's stretches
+  int offset;    // of the first stretch from zero on
+
+  __device__ __forceinline__ Ruler(uint32_t low, uint32_t high) {
+    const uint32_t first = __float_as_uint(score_of(low)) << 1, last = __float_as_uint(score_of(high)) << 1;
+    exponent = static_cast<int>(::max(first, last) >> 24) - 127;
+    bits = low < kZeroRank && high >= kZeroRank ? 7 : 8;
+    offset = low >= kZeroRank ? 0 : 1 << bits;
+  }
+
+  // Whether it is worth while, and all is within fp32's range.
+  __device__ __forceinline__ bool suits(uint32_t span) const {
+    constexpr uint32_t kBinades = 4 << 23;
+    return span > kBinades && exponent >= -100 && exponent <= 100;
+  }
+  __device__ __forceinline__ int stretch_of(uint32_t rank) const {
+    constexpr float kUnits = 0x1.8p23f;  // a sum with it is rounded to integers
+    const float score = __uint_as_float(rank >= kZeroRank ? rank ^ kZeroRank : ~rank) * power_of_two(bits - 1 - exponent);
+    const int floor = __float_as_int(__fadd_rd(score, kUnits)) - __float_as_int(kUnits);
+    return offset + (rank >= kZeroRank ? floor : ::min(floor, -1));
+  }
+  __device__ __forceinline__ uint32_t start_of(int stretch) const {
+    return rank_of(static_cast<float>(stretch - offset) * power_of_two(exponent + 1 - bits));
+  }
+};
 
 // --- teams ----------------------------------------------------------------------------------------------------------
 
@@ -65,6 +96,16 @@ struct Team {
   Scratch& scratch;
 
   __device__ __forceinline__ void sync() const { barrier_sync<kThreads>(barrier); }
+
+  // Set `values` [kCount], without the first kApart threads. (A loop that might run more than once takes more code.)
+  template <int kCount, int kApart = 0, class T>
+  __device__ __forceinline__ void fill(T* values, T value) const {
+    if (rank < kApart) return;
+#pragma unroll
+    for (int first = -kApart; first < kCount; first += kThreads - kApart) {
+      if (kCount - first >= kThreads || first + rank < kCount) values[first + rank] = value;
+    }
+  }
 };
 
 // --- order ----------------------------------------------------------------------------------------------------------
@@ -145,19 +186,28 @@ struct RegisterKeys {
 };
 
 // Keys in shared memory, which loops go through that stay short. Code that runs once in a launch is best short: fetching it
-// from memory takes longer than running it.
-template <int kCapacity_, int kThreads_>
+// from memory takes longer than running it. kUnrolled: keys that a thread has under way. There is room for whole rounds.
+template <int kCapacity_, int kThreads_, int kUnrolled_ = 1>
 struct SharedKeys {
-  static constexpr int kCapacity = kCapacity_, kThreads = kThreads_, kUnrolled = 1;
-  static_assert(kCapacity % kThreads == 0, "whole rounds");
+  static constexpr int kCapacity = kCapacity_, kThreads = kThreads_, kUnrolled = kUnrolled_;
   uint64_t* keys;
   int count;
 
   __device__ __forceinline__ SharedKeys(const Team<kThreads>& team, uint64_t* keys, int count) : keys(keys), count(count) {
-    for (int i = count + team.rank; i < rounds() * kThreads; i += kThreads) keys[i] = kNoCandidate;
+    const int padding = rounds() * kThreads - count;
+    if (kUnrolled == 1) {
+      if (team.rank < padding) keys[count + team.rank] = kNoCandidate;
+    } else {
+#pragma unroll 1
+      for (int i = team.rank; i < padding; i += kThreads) keys[count + i] = kNoCandidate;
+    }
     team.sync();
   }
-  __device__ __forceinline__ int rounds() const { return (count + kThreads - 1) / kThreads; }
+  __device__ __forceinline__ SharedKeys(uint64_t* keys, int count) : keys(keys), count(count) {}  // padded already
+  __device__ __forceinline__ int rounds() const {
+    constexpr int kAtOnce = kThreads * kUnrolled;
+    return (count + kAtOnce - 1) / kAtOnce * kUnrolled;
+  }
   __device__ __forceinline__ uint64_t& key(const Team<kThreads>& team, int i) { return keys[i * kThreads + team.rank]; }
 };
 
@@ -168,56 +218,83 @@ struct Selection : Keys {
   using Members = Team<kThreads>;
   using Keys::Keys;
 
-  // The largest threshold that at least `wanted` keys reach; or any that `wanted` to `wanted + slack` do. `wanted` must
-  // not exceed the number of keys. Members may return while others still read the team's memory, whose total is 0 then.
-  __device__ __forceinline__ uint64_t threshold(const Members& team, uint32_t wanted, uint32_t slack) {
-    uint32_t top = 0;
-#pragma unroll kUnrolled
-    for (int i = 0; i < this->rounds(); ++i) top = ::max(top, rank_of_key(this->key(team, i)));
-    top = __reduce_max_sync(kFullWarp, top);
-    for (int i = team.rank; i < Members::kBins; i += kThreads) team.scratch.bins[i] = 0;
-    if (team.rank == 0) team.scratch.high = 0;
-    team.sync();
-    if (team.rank % kWarpThreads == 0) atomicMax(&team.scratch.high, top);
-    if (team.rank == 0) team.scratch.total = 0;
-    team.sync();
-    top = team.scratch.high;
-    return threshold_from(team, wanted, slack, likely_bottom(top), top);
+  // Call visit(batch) for this thread's keys, kUnrolled at a time: they are all read before what is done with the first.
+  template <class Visit>
+  __device__ __forceinline__ void visit_batches(const Members& team, const Visit& visit) {
+#pragma unroll 1
+    for (int first = 0; first < this->rounds(); first += kUnrolled) {
+      uint64_t batch[kUnrolled];
+#pragma unroll
+      for (int i = 0; i < kUnrolled; ++i) batch[i] = this->key(team, first + i);
+      visit(batch);
+    }
   }
 
-  // A rank that the wanted keys are likely to have at the least: they are scores of the best one's last three binades. Bins
-  // resolve these well.
-  __device__ __forceinline__ static uint32_t likely_bottom(uint32_t top) {
+  // The largest threshold that at least `wanted` keys reach; or any that `wanted` to `wanted + slack` do. `wanted` must
+  // not exceed the number of keys. Members may return while others still read the team's memory, whose total is 0 then.
+  // kOfBest: these are likely to have scores of the best one's last three binades.
+  template <bool kOfBest = false>
+  __device__ __forceinline__ uint64_t threshold(const Members& team, uint32_t wanted, uint32_t slack) {
+    uint32_t top = 0, bottom = ~0u;
+#pragma unroll kUnrolled
+    for (int i = 0; i < this->rounds(); ++i) extend(bottom, top, this->key(team, i));
+    top = __reduce_max_sync(kFullWarp, top);
+    if (!kOfBest) bottom = __reduce_min_sync(kFullWarp, bottom);
+    team.template fill<Members::kBins>(team.scratch.bins, 0u);
+    if (team.rank == 0) team.scratch.high = 0, team.scratch.low = ~0u;
+    team.sync();
+    if (team.rank % kWarpThreads == 0) {
+      atomicMax(&team.scratch.high, top);
+      if (!kOfBest) atomicMin(&team.scratch.low, bottom);
+    }
+    if (team.rank == 0) team.scratch.total = 0;
+    team.sync();
     constexpr uint32_t kBinades = 3 << 23;
-    return top > kBinades ? top - kBinades : 0;
+    top = team.scratch.high, bottom = kOfBest ? top - ::min(top, kBinades) : team.scratch.low;
+    return threshold_from<kOfBest>(team, wanted, slack, bottom, top);
+  }
+
+  // Make a range of ranks hold a key's, if there is one.
+  __device__ __forceinline__ static void extend(uint32_t& bottom, uint32_t& top, uint64_t key) {
+    if (key == kNoCandidate) return;
+    bottom = ::min(bottom, rank_of_key(key)), top = ::max(top, rank_of_key(key));
   }
 
   // The same where no key has a higher rank than `top`, and the wanted ones are likely to have the rank `bottom` at the least.
   // The team's first bins are 0.
   //
   // Each round counts the keys of kBins equal stretches of what is left of the range, and goes on with the stretch that
-  // holds the wanted one: one round where there is slack, two or three where there is none, ten at the most.
+  // holds the wanted one: one round where there is slack, two or three where there is none. Stretches are of scores while the
+  // range spans many binades, as it does where signs differ, then of ranks, and of entries only where too many keys share the
+  // wanted one's rank. kByRank: never of scores.
+  template <bool kByRank = false>
   __device__ __forceinline__ uint64_t threshold_from(
       const Members& team, uint32_t wanted, uint32_t slack, uint32_t bottom, uint32_t top) {
     constexpr int kBins = Members::kBins, kPerLane = kBins / kWarpThreads;
     typename Members::Scratch& scratch = team.scratch;
     const int lane = team.rank % kWarpThreads;
-    uint64_t low = static_cast<uint64_t>(bottom) << 32, high = static_cast<uint64_t>(top) << 32 | 0xFFFFFFFFu;
-    if (low == kNoCandidate) low = kAnyCandidate;
+    uint32_t low = ::max(bottom, 1u), high = top;  // of the lower words if the upper one is known, otherwise of the upper ones
+    uint32_t upper = 0;
+    bool is_upper_known = false;
     uint32_t above = 0;  // keys beyond `high`
     for (int round = 0;; ++round) {  // fewer than `wanted` lie beyond `high`
-      const int width = 64 - __clzll(static_cast<int64_t>(high - low));
-      const int shift = ::max(width - 8, 0);
+      const uint32_t span = high - low;
+      const int shift = ::max(24 - __clz(static_cast<int>(span)), 0);
+      const Ruler ruler(low, high);
+      const bool by_score = !kByRank && !is_upper_known && ruler.suits(span);
       uint32_t* const bins = scratch.bins + (round & 1) * kBins;
-#pragma unroll kUnrolled
-      for (int i = 0; i < this->rounds(); ++i) {
-        const uint64_t key = this->key(team, i);
-        if (key >= low && key <= high) atomicAdd(&bins[(key - low) >> shift], 1u);
-      }
+      visit_batches(team, [&](const uint64_t(&batch)[kUnrolled]) {
+#pragma unroll
+        for (const uint64_t key : batch) {
+          const uint32_t place = (is_upper_known ? static_cast<uint32_t>(key) : rank_of_key(key)) - low;
+          if (place > span || (is_upper_known && rank_of_key(key) != upper)) continue;
+          atomicAdd(&bins[by_score ? ruler.stretch_of(rank_of_key(key)) : place >> shift], 1u);
+        }
+      });
       team.sync();
       uint32_t* const next = scratch.bins + (~round & 1) * kBins;
       if (team.rank >= kWarpThreads) {
-        for (int i = team.rank - kWarpThreads; i < kBins; i += kThreads - kWarpThreads) next[i] = 0;
+        team.template fill<kBins, kWarpThreads>(next, 0u);
       } else {  // One warp finds the bin. Lane l has bins of the l-th stretch from the top.
         const uint4* mine = reinterpret_cast<const uint4*>(bins + (kWarpThreads - 1 - lane) * kPerLane);
         const uint4 lower = mine[0], upper = mine[1];
@@ -240,30 +317,44 @@ struct Selection : Keys {
       team.sync();
       const auto [bin, beyond, reached] = scratch.found;
       if (bin < 0) {  // too few reach `low`: the rest of the range is next
-        above = reached, high = low - 1, low = kAnyCandidate;
+        above = reached, high = low - 1, low = 1;
         continue;
       }
       above = beyond;
-      low += static_cast<uint64_t>(bin) << shift;
-      if (high - low >> shift) high = low + ((1ull << shift) - 1);  // a sum that does not run over
-      if (reached <= wanted + slack || low == high) return low;
+      if (by_score) {
+        low = ::max(low, ruler.start_of(bin)), high = ::min(high, ruler.start_of(bin + 1) - 1);
+      } else {
+        low += static_cast<uint32_t>(bin) << shift;
+        if (high - low >> shift) high = low + ((1u << shift) - 1);  // a sum that does not run over
+      }
+      if (reached <= wanted + slack || (is_upper_known && low == high)) {
+        return static_cast<uint64_t>(is_upper_known ? upper : low) << 32 | (is_upper_known ? low : 0);
+      }
+      if (low == high) upper = low, low = 0, high = ~0u, is_upper_known = true;
     }
   }
 
   // Write the keys from `threshold` (at least kAnyCandidate) on to `target`, where none of them lies, in any order, and
   // return how many there are. The team's total is 0.
   __device__ __forceinline__ int gather(const Members& team, uint64_t threshold, uint64_t* target) {
-    const int lane = team.rank % kWarpThreads;
-#pragma unroll kUnrolled
-    for (int i = 0; i < this->rounds(); ++i) {
-      const uint64_t key = this->key(team, i);
-      const uint32_t peers = __ballot_sync(kFullWarp, key >= threshold);
-      if (peers == 0) continue;
-      uint32_t place = 0;
-      if (lane == 0) place = atomicAdd(&team.scratch.total, static_cast<uint32_t>(__popc(peers)));
-      place = __shfl_sync(kFullWarp, place, 0) + __popc(peers & ((1u << lane) - 1));
-      if (key >= threshold) target[place] = key;
-    }
+    gather_as(team, threshold, target, [](uint64_t key) { return key; });
+    team.sync();
+    return static_cast<int>(team.scratch.total);
+  }
+
+  // The same for `emit_values`, which wants values transform(key) in shared memory. The team's low and high are ~0 and 0.
+  template <class Transform>
+  __device__ __forceinline__ int gather_to_emit(
+      const Members& team, uint64_t threshold, uint64_t* target, const Transform& transform) {
+    team.template fill<Members::kOrderBins>(team.scratch.bins, 0u);
+    uint32_t top = 0, bottom = ~0u;
+    gather_as(team, threshold, target, [&](uint64_t key) {
+      const uint64_t value = transform(key);
+      top = ::max(top, upper_word(value)), bottom = ::min(bottom, upper_word(value));
+      return value;
+    });
+    top = __reduce_max_sync(kFullWarp, top), bottom = __reduce_min_sync(kFullWarp, bottom);
+    if (team.rank % kWarpThreads == 0) atomicMin(&team.scratch.low, bottom), atomicMax(&team.scratch.high, top);
     team.sync();
     return static_cast<int>(team.scratch.total);
   }
@@ -324,37 +415,43 @@ struct Selection : Keys {
 
   // Call emit(place, transform(key)) for the keys from `threshold` on, place 0 for the smallest transformed value, and
   // return how many there are. Nobody reads the team's memory any more. `space` [at least 32, and
-  // power_of_two_at_least(that many)], shared memory.
-  //
-  // Values take the place of the keys. They are spread over bins by their upper words and ranked within their bin; where
-  // they crowd in few bins they are sorted.
+  // power_of_two_at_least(that many)], shared memory. Values take the place of the keys.
   template <class Transform, class Emit>
   __device__ __forceinline__ int emit_in_order(
       const Members& team, uint64_t threshold, uint64_t* space, const Transform& transform, const Emit& emit) {
-    constexpr int kBins = Members::kOrderBins, kPerLane = kBins / kWarpThreads;
-    constexpr uint32_t kCrowd = 32;
     typename Members::Scratch& scratch = team.scratch;
-    uint32_t* const bins = scratch.bins;
-    const int lane = team.rank % kWarpThreads;
-    const auto word_of = [](uint64_t value) { return static_cast<uint32_t>(value >> 32); };
-    for (int i = team.rank; i < kBins; i += kThreads) bins[i] = 0;
+    team.template fill<Members::kOrderBins>(scratch.bins, 0u);
     if (team.rank == 0) scratch.low = ~0u, scratch.high = 0;
     uint32_t top = 0, bottom = ~0u;
 #pragma unroll kUnrolled
     for (int i = 0; i < this->rounds(); ++i) {
       uint64_t& value = this->key(team, i);
       value = value >= threshold ? transform(value) : kPadding;
-      if (value != kPadding) top = ::max(top, word_of(value));
-      bottom = ::min(bottom, word_of(value));
+      if (value != kPadding) top = ::max(top, upper_word(value));
+      bottom = ::min(bottom, upper_word(value));
     }
     top = __reduce_max_sync(kFullWarp, top), bottom = __reduce_min_sync(kFullWarp, bottom);
     team.sync();
-    if (lane == 0) atomicMin(&scratch.low, bottom), atomicMax(&scratch.high, top);
+    if (team.rank % kWarpThreads == 0) atomicMin(&scratch.low, bottom), atomicMax(&scratch.high, top);
     team.sync();
+    return emit_values(team, space, emit);
+  }
+
+  // Call emit(place, value) for values, place 0 for the smallest, and return how many there are. The team's low and high are
+  // the least and the largest of their upper words, its order bins 0. Padding is left out.
+  //
+  // They are spread over bins by their upper words and ranked within their bin; where they crowd in few bins they are sorted.
+  template <class Emit>
+  __device__ __forceinline__ int emit_values(const Members& team, uint64_t* space, const Emit& emit) {
+    constexpr int kBins = Members::kOrderBins, kPerLane = kBins / kWarpThreads, kAtOnce = 4;
+    constexpr uint32_t kCrowd = 32;
+    typename Members::Scratch& scratch = team.scratch;
+    uint32_t* const bins = scratch.bins;
+    const int lane = team.rank % kWarpThreads;
     const uint32_t low = scratch.low, width = 32 - __clz(static_cast<int>(scratch.high - low));
     const uint32_t shift = width > 9 ? width - 9 : 0;
     static_assert(kBins == 1 << 9, "bins for the upper nine bits");
-    const auto bin_of = [&](uint64_t value) { return (word_of(value) - low) >> shift; };
+    const auto bin_of = [&](uint64_t value) { return (upper_word(value) - low) >> shift; };
 #pragma unroll kUnrolled
     for (int i = 0; i < this->rounds(); ++i) {
       const uint64_t value = this->key(team, i);
@@ -399,11 +496,37 @@ struct Selection : Keys {
         const uint32_t bin = bin_of(value), end = bins[bin];
         uint32_t begin = bin ? bins[bin - 1] : 0;
         place = static_cast<int>(begin);
-        for (; begin < end; ++begin) place += space[begin] < value;
+#pragma unroll 1
+        for (; begin < end; begin += kAtOnce) {
+#pragma unroll
+          for (uint32_t j = begin; j < begin + kAtOnce; ++j) place += j < end && space[j] < value;
+        }
       }
       emit(place, value);
     }
     return count;
+  }
+
+ private:
+  __device__ __forceinline__ static uint32_t upper_word(uint64_t value) { return static_cast<uint32_t>(value >> 32); }
+
+  // Write as(key) for the keys from `threshold` on. A warp counts those of a batch, then takes their places together.
+  template <class As>
+  __device__ __forceinline__ void gather_as(const Members& team, uint64_t threshold, uint64_t* target, const As& as) {
+    const int lane = team.rank % kWarpThreads;
+    visit_batches(team, [&](const uint64_t(&batch)[kUnrolled]) {
+      uint32_t peers[kUnrolled], count = 0;
+#pragma unroll
+      for (int i = 0; i < kUnrolled; ++i) peers[i] = __ballot_sync(kFullWarp, batch[i] >= threshold), count += __popc(peers[i]);
+      uint32_t place = 0;
+      if (lane == 0) place = atomicAdd(&team.scratch.total, count);
+      place = __shfl_sync(kFullWarp, place, 0);
+#pragma unroll
+      for (int i = 0; i < kUnrolled; ++i) {
+        if (batch[i] >= threshold) target[place + __popc(peers[i] & ((1u << lane) - 1))] = as(batch[i]);
+        place += __popc(peers[i]);
+      }
+    });
   }
 };
 
@@ -435,6 +558,7 @@ struct Results {
   // The places from `count` on.
   template <int kThreads>
   __device__ __forceinline__ void fill(const Team<kThreads>& team, int64_t row, int count) const {
+#pragma unroll 1
     for (int place = count + team.rank; place < top_k; place += kThreads) {
       indices[row * row_stride + place * column_stride] = -1;
       if (scores) scores[row * scores_row_stride + place * scores_column_stride] = score_of(0);

@@ -73,6 +73,14 @@ struct Rows {
     const int64_t length = valid_lens[row];
     return static_cast<int>(length < 0 ? 0 : length < max_entries ? length : max_entries);
   }
+  // A warp: bring nearer what planning waits for, where each query is planned for itself.
+  __device__ __forceinline__ void touch(uint32_t lane) const {
+    const uint32_t each = (count + kWarpThreads - 1) / kWarpThreads;
+    touch_word(valid_lens + min(lane * each, count - 1u));
+    if (!seq_ids.values) return;
+    const uint32_t likely = static_cast<uint32_t>(this_block()) * static_cast<uint32_t>(count) / all_blocks();
+    touch_word(static_cast<const int32_t*>(seq_ids.values) + (static_cast<int64_t>(likely) << seq_ids.is_int64));
+  }
 };
 
 template <int kTile>
@@ -310,16 +318,19 @@ struct Planner {
 
 // --- workspace ------------------------------------------------------------------------------------------------------
 
-// How many of a part's best candidates the merge reads at once: `least` to `most`. Twice the share of each part in the
-// top k and some more: parts are alike (`Walk`), so what lies behind is hardly ever wanted. Or a lone query's whole list, if
-// the parts are few and it is no longer than `whole`.
+// How many of a part's best candidates the merge reads at once: `least` to `most`. The share of each part in the top k and
+// four times its deviation: parts are alike (`Walk`), so what lies behind is wanted by a call in a hundred. Or a lone query's
+// whole list, if the parts are few and it is no longer than `whole`.
 struct Front {
   int least, most, whole;
 
+  __device__ __forceinline__ Front() {}
   __device__ __forceinline__ Front(int top_k, int parts) {
     const int room = merge_room(top_k) / parts;
-    most = min(min(2 * ((top_k + parts - 1) / parts) + 16, room), top_k);
-    least = most - most / 3;
+    const float share = static_cast<float>(top_k) / static_cast<float>(parts);
+    least = static_cast<int>(share + 4 * sqrtf(share)) + 1;
+    most = min(min(least + max(6, least / 4), room), top_k);
+    least = min(least, most - most / 4);
     whole = parts <= 4 ? room : 0;
   }
 
@@ -334,13 +345,16 @@ struct Front {
 // several; a lone query's fronts; what is in them, and what to merge. cuda/score_topk.py computes the size.
 struct SplitGroup {
   int32_t row, size, last_block;  // size 0: no group's first part ended here unfinished
+  int32_t front;                  // `Front::most`
 };
 
 // A part's best, at least the top k: `count` keys, those from `bound` on in front. Places in front that are left over hold
-// further keys or kNoCandidate. A whole list is where it was collected.
+// further keys or kNoCandidate. A whole list is where it was collected. The top k have the rank `floor` at the least.
 struct PartList {
   uint64_t bound;  // kNoCandidate: all are in front
-  int32_t count, is_whole;
+  int32_t count : 31;
+  bool is_whole : 1;
+  uint32_t floor;
 };
 
 struct Workspace {
