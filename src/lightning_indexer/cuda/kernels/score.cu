@@ -389,8 +389,8 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
         if (4 * (count - top_k) < room) continue;
         uint64_t* const list = collected + start;
         HeldKeys held(team, list, count);
-        // Where the keys take most registers, without what makes up for differing signs.
-        const uint64_t threshold = held.template threshold<(HeldKeys::kUnrolled > 16)>(team, top_k, room / 8);
+        constexpr bool kIsCrowded = HeldKeys::kUnrolled > 16;  // what scores tiles holds registers too
+        const uint64_t threshold = held.template threshold<kIsCrowded>(team, top_k, room / 8);
         // Lists of a lone query are few keys to each of many threads: there `collect` was quicker (64 x 8,192: by 0.3 us).
         const int left = Shape::kQueries == 1 ? held.collect(team, threshold, kNoCandidate, list)
                                               : held.compact(team, threshold, list);
@@ -448,7 +448,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
       }();
       const int room = !is_split ? top_k : part.is_first ? Shape::kCapacity : space.later_capacity();
       const bool fits = count <= room || is_split && space.is_apart();
-      const uint64_t threshold = fits ? kAnyCandidate : held.threshold(team, top_k, 0);
+      const uint64_t threshold = fits ? kAnyCandidate : held.template threshold<LastKeys::kIsCrowded>(team, top_k, 0);
       if (!is_split) {
         const int64_t row = part.group.row + q;
         const Sequence<Block> sequence(pages, part.group);

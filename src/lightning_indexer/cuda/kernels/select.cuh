@@ -215,6 +215,8 @@ struct SharedKeys {
 template <class Keys>
 struct Selection : Keys {
   static constexpr int kCapacity = Keys::kCapacity, kThreads = Keys::kThreads, kUnrolled = Keys::kUnrolled;
+  // Whether keys take so many registers that `Ruler` would be spilled.
+  static constexpr bool kIsCrowded = kUnrolled > 32;
   using Members = Team<kThreads>;
   using Keys::Keys;
 
@@ -510,21 +512,18 @@ struct Selection : Keys {
  private:
   __device__ __forceinline__ static uint32_t upper_word(uint64_t value) { return static_cast<uint32_t>(value >> 32); }
 
-  // Write as(key) for the keys from `threshold` on. A warp counts those of a batch, then takes their places together.
+  // Write as(key) for the keys from `threshold` on.
   template <class As>
   __device__ __forceinline__ void gather_as(const Members& team, uint64_t threshold, uint64_t* target, const As& as) {
     const int lane = team.rank % kWarpThreads;
     visit_batches(team, [&](const uint64_t(&batch)[kUnrolled]) {
-      uint32_t peers[kUnrolled], count = 0;
 #pragma unroll
-      for (int i = 0; i < kUnrolled; ++i) peers[i] = __ballot_sync(kFullWarp, batch[i] >= threshold), count += __popc(peers[i]);
-      uint32_t place = 0;
-      if (lane == 0) place = atomicAdd(&team.scratch.total, count);
-      place = __shfl_sync(kFullWarp, place, 0);
-#pragma unroll
-      for (int i = 0; i < kUnrolled; ++i) {
-        if (batch[i] >= threshold) target[place + __popc(peers[i] & ((1u << lane) - 1))] = as(batch[i]);
-        place += __popc(peers[i]);
+      for (const uint64_t key : batch) {
+        const uint32_t peers = __ballot_sync(kFullWarp, key >= threshold);
+        uint32_t place = 0;
+        if (lane == 0) place = atomicAdd(&team.scratch.total, static_cast<uint32_t>(__popc(peers)));
+        place = __shfl_sync(kFullWarp, place, 0);
+        if (key >= threshold) target[place + __popc(peers & ((1u << lane) - 1))] = as(key);
       }
     });
   }
