@@ -51,7 +51,7 @@ def test_the_context_parallel_guide_does_what_it_says(tmp_path):
     (block,) = unit.blocks
     script = tmp_path / "example.py"
     script.write_text(
-        f"{block.code}\ntorch.save((q, weights, lens, indices, scores), f'{tmp_path}/{{dist.get_rank()}}')"
+        f"{block.code}\ntorch.save((q, weights, lens, indices, scores), f'{tmp_path}/{{shard.rank}}')"
     )
     torchrun(script)
     torch.manual_seed(0)
