@@ -340,6 +340,8 @@ def test_every_call_has_a_shape_that_fits(arch: str, engine: str) -> None:
         taken, limit = score_topk._shared_bytes(product, shape, scorer.schema), score_topk._shared_limit(arch)
         assert taken <= limit, f"{scorer}: {shape} takes {taken} of {limit} bytes"
         assert shape.queries <= wanted and shape.capacity >= 2 * top_k, f"{scorer}: {shape}"
+        merging = score_topk._merge_shared_bytes(max(top_k, 1), shape.queries == 1, arch)
+        assert merging <= limit, f"{scorer}: merging takes {merging} of {limit} bytes"
 
 
 @pytest.mark.parametrize("multiprocessors", [132, 192])

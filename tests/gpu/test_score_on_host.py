@@ -82,7 +82,7 @@ class Case:
 
 # One query over a sequence that all blocks share; a long chunk in groups of sixteen, whose lists run full; drafts; rows
 # of several sequences, one of them empty; two bf16 terms; many parts; many sequences after one another in a block; the
-# portable engine in both arithmetics.
+# portable engine in both arithmetics; a k of which the merge holds little more than two.
 CASES = [
     Case("mxfp4", "mxfp4", "sm_90a", (12_000,)),
     Case("mxfp4", "fp8", "sm_90a", tuple(range(2400, 2420)), num_heads=16, blocks=2, top_k=300),
@@ -93,6 +93,7 @@ CASES = [
     Case("mxfp4", "mxfp4", "sm_90a", (9000,), num_heads=12, blocks=40),
     Case("mxfp4", "mxfp4", "sm_90a", (700, 900, 640, 800) * 4, tuple(range(16)), blocks=2),
     Case("mxfp4", "mxfp4", "sm_89", (9000,), blocks=7),
+    Case("mxfp4", "mxfp4", "sm_86", (14_000, 13_000), top_k=3000),
 ]
 IN_E4M3, IN_BF16 = CASES[0], CASES[5]  # what mxfp4 keys are turned into
 # Lists of blocks: one long one that all blocks of threads share; drafts of two sequences; pages of 48 entries, whose

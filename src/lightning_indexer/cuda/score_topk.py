@@ -543,7 +543,7 @@ def _merge_shared_bytes(top_k: int, is_lone: bool, arch: str) -> int:
 
 def _merge_capacity(top_k: int) -> int:
     """`Front::merge_room` of kernels/work.cuh: candidates that a merging block holds."""
-    return max(4096, 4 * _lists(top_k)[0])
+    return {512: 4096, 2048: 8192, 4096: 7168}[_lists(top_k)[0]]
 
 
 class _Call:

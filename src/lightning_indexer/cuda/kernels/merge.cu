@@ -18,7 +18,7 @@ constexpr int kMaxParts = 256;  // score_topk.py starts no more blocks
 // kCapacity: Front::merge_room. kMaxTopK: the largest top_k with that room. kIsLone: whether groups are lone queries.
 template <int kCapacity>
 struct MergeShared {
-  static constexpr int kMaxTopK = kCapacity == 4096 ? 512 : kCapacity / 4;
+  static constexpr int kMaxTopK = kCapacity == 4096 ? 512 : kCapacity == 8192 ? 2048 : 4096;
   uint64_t keys[kCapacity];
   uint64_t ordered[kMaxTopK];
   PartList lists[kMaxParts];

@@ -334,9 +334,9 @@ struct Front {
     whole = parts <= 4 ? room : 0;
   }
 
-  // Candidates that a merging block holds. score_topk.py has the same.
+  // Candidates that a merging block holds: four times top_k, as far as every GPU has the memory. score_topk.py has the same.
   __device__ __forceinline__ static int merge_room(int top_k) {
-    return top_k <= 512 ? 4096 : top_k <= 2048 ? 8192 : 16384;
+    return top_k <= 512 ? 4096 : top_k <= 2048 ? 8192 : 7168;
   }
 };
 
