@@ -50,9 +50,7 @@ def test_the_context_parallel_guide_does_what_it_says(tmp_path):
     (unit,) = [param.values[0] for param in all_units() if param.values[0].needs("torchrun")]
     (block,) = unit.blocks
     script = tmp_path / "example.py"
-    script.write_text(
-        f"{block.code}\ntorch.save((q, weights, lens, indices, scores), f'{tmp_path}/{{shard.rank}}')"
-    )
+    script.write_text(f"{block.code}\ntorch.save((q, weights, lens, indices, scores), f'{tmp_path}/{{shard.rank}}')")
     torchrun(script)
     torch.manual_seed(0)
     pool = PagedPool(CacheSchema("mxfp4", 64), num_blocks=1024, max_seqs=1)

@@ -59,9 +59,7 @@ inline float __fadd_rd(float a, float b) {
   const float rounded = static_cast<float>(sum);
   return rounded > sum ? std::nextafter(rounded, -std::numeric_limits<float>::infinity()) : rounded;
 }
-inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned long long>(a) * b >> 32; }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
-inline int __clzll(long long x) { return x ? __builtin_clzll(x) : 64; }
 inline int __popc(int x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 

@@ -80,7 +80,6 @@ inline int all_blocks() { return static_cast<int>(gridDim.x); }
 
 inline void let_next_kernel_start() {}
 inline void prefetch_line(const uint8_t*) {}
-inline void touch_word(const int32_t*) {}
 inline void pause(uint32_t) { host_cuda::yield(); }
 inline void spin() { host_cuda::yield(); }
 inline void wait_for_last_kernel() {}

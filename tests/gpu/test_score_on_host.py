@@ -114,6 +114,7 @@ WIDE = [
     dataclasses.replace(IN_E4M3, valid_lens=(50, 64, 0), seq_ids=(0, 0, 0)),
 ]
 ADVERSARIAL = Case("bf16", "bf16", "sm_90a", (5000, 64, 1), (0, 1, 2), blocks=2)
+HELD = dataclasses.replace(IN_E4M3, valid_lens=(12_000, 64, 1), seq_ids=(0, 1, 2), blocks=2)  # lists in shared memory
 LISTED_ADVERSARIAL = dataclasses.replace(ADVERSARIAL, num_candidates=500)
 
 
@@ -160,7 +161,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes._CFunc
     shutil.copy(HERE / "host_wgmma.cuh", folder / "wgmma.cuh")
     wanted = {
         s.expression: s.source
-        for case in [*CASES, *LISTED, *WIDE, ADVERSARIAL, LISTED_ADVERSARIAL]
+        for case in [*CASES, *LISTED, *WIDE, ADVERSARIAL, HELD, LISTED_ADVERSARIAL]
         for s in specialisations(case)
     }
     assert COMPILER is not None
@@ -318,6 +319,19 @@ def test_adversarial_rows(kind: str, imagine: Callable[[Case], None]) -> None:
     problem = problem_with_scores([adversarial_row(kind, n) for n in (5000, 64, 1)], "bf16")
     dense = run_dense(problem)
     for top_k, order in ((1, "index"), (64, "score"), (500, "index")):
+        check_topk(run_topk, problem, top_k, order=order, dense=dense)
+
+
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize(
+    "kind", ["all-equal", "zero-plateau", "last-bit", "sorted-up", "sorted-down", "nan", "inf-and-nan", "all-negative"]
+)
+def test_adversarial_rows_whose_threshold_is_raised_meanwhile(kind: str, imagine: Callable[[Case], None]) -> None:
+    """What raises it meets lists that run full, too."""
+    imagine(HELD)
+    problem = problem_with_scores([adversarial_row(kind, n) for n in HELD.valid_lens], "mxfp4")
+    dense = run_dense(problem)
+    for top_k, order in ((1, "index"), (100, "score"), (500, "index")):
         check_topk(run_topk, problem, top_k, order=order, dense=dense)
 
 

@@ -152,7 +152,7 @@ class Shape:
     def offset(self) -> int:
         """Bytes of `Shared` in kernels/score.cu, which checks that they suffice."""
         weights = 4 * ((self.heads // 4 + 3) // 4 * 4 + 4) * 4
-        held = 8 * (self.capacity + self.threads) + 1040 if self.holds_list else 0
+        held = 8 * (self.capacity + self.threads) + 1056 if self.holds_list else 0  # the list, and `Raiser`
         return -(-(self.queries * (self.heads * 8 + weights + 32) + self.teams * 2080 + held + 512) // 1024) * 1024
 
     def __str__(self) -> str:

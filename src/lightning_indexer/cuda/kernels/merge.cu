@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
     int32_t early_blocks,
     uint8_t* workspace) {  // not __restrict__: it may still be written when this kernel starts
   using HeldKeys = Selection<SharedKeys<kCapacity, kMergeThreads>>;
+  static_assert(kCapacity % kMergeThreads == 0 && MergeShared<kCapacity>::kMaxTopK % kMergeThreads == 0, "whole rounds");
   using Chosen = Selection<SharedKeys<MergeShared<kCapacity>::kMaxTopK, kMergeThreads>>;
 
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
@@ -139,7 +140,8 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
     HeldKeys held(team, shared.keys, places);
     uint64_t threshold = kAnyCandidate;
     if (static_cast<int>(shared.total) > wanted) {
-      // Parts that have a bound have more keys from there on than their share of the wanted ones.
+      // Parts that have a bound have more keys from there on than their share of the wanted ones; a part's floor is reached by
+      // as many as are wanted.
       const uint32_t bottom = shared.lowest_bound < shared.top ? shared.lowest_bound : max(shared.bottom, shared.floor);
       threshold = held.threshold_from(team, wanted, 0, bottom, shared.top);
     }
@@ -170,7 +172,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
       }
 #pragma unroll 1
       for (int i = thread; i < count; i += kMergeThreads) shared.keys[i] = shared.ordered[i];
-      if (thread == 0) shared.team_scratch.total = 0;
+      if (thread == 0) team.scratch.total = team.scratch.high = 0, team.scratch.low = ~0u;
       __syncthreads();
       held = HeldKeys(team, shared.keys, count);
     }

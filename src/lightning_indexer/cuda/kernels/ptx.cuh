@@ -151,17 +151,12 @@ __device__ __forceinline__ void prefetch_line(const uint8_t* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
-// Bring the line of a word to this multiprocessor, and do not wait for it.
-__device__ __forceinline__ void touch_word(const int32_t* address) {
-  asm volatile("{.reg .b32 word; ld.global.ca.b32 word, [%0];}" ::"l"(address));
-}
-
 // Let others run for a while, some nanoseconds at the most.
 __device__ __forceinline__ void pause(uint32_t nanoseconds) {
   asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds));
 }
 
-// Between two looks at what another warp will write.
+// Between two looks at what another warp will write. (Nothing; the tests' host lets that warp run.)
 __device__ __forceinline__ void spin() {}
 
 // --- shared memory by address ---------------------------------------------------------------------------------------

@@ -14,8 +14,10 @@ namespace lightning_indexer {
 template <int kWarps, int kBarrier>
 struct Raiser {
   static constexpr int kThreads = kWarps * kWarpThreads, kBins = 256, kPerLane = kBins / kWarpThreads;
-  static constexpr int kAtOnce = 4;        // candidates that a thread reads at once
-  static constexpr uint32_t kChunk = 128;  // candidates that come between two looks, and beyond top_k before the first
+  static constexpr int kAtOnce = 4;         // candidates that a thread reads at once
+  static constexpr uint32_t kChunk = 128;   // that come between two looks, and beyond top_k before the first
+  static constexpr uint32_t kSample = 256;  // of the first, whose range is divided
+  static_assert(kBins == Ruler::kStretches && kSample <= kAtOnce * kThreads, "a bin for each; one reading");
 
   // How the list is. cuts: beginnings and ends of cuts; odd while it is cut. is_over: the part has been scored.
   struct View {
@@ -25,23 +27,27 @@ struct Raiser {
   View now, last;
   uint32_t low, high;  // ranks of the first candidates
 
-  // One thread that scores, before a part.
-  __device__ __forceinline__ void begin() { now = {0, 0, 0}; }
+  // One thread that scores, before a part is announced.
+  __device__ __forceinline__ void start_part() { now = {0, 0, 0}; }
   // All that score, around a cut; its beginning is known before the block meets again.
   __device__ __forceinline__ void count_cut(uint32_t thread) {
     if (thread == 0) atomicAdd(&now.cuts, 1u);
   }
-  __device__ __forceinline__ void end(uint32_t thread) {
+  __device__ __forceinline__ void finish_part(uint32_t thread) {
     if (thread == 0) volatile_now().is_over = 1;
   }
 
-  // The warps. next_part(): wait for a part; whether there is one. is_short(): it hardly has as many entries as the list
-  // would need. leave_part(): it is not looked at any more. `end`: of the list. Where `rehearses`, the warps do so first, which brings their code near: it takes longer to come from memory than to
-  // run.
+  // The warps.
+  //   next_part()     wait for a part; whether there is one
+  //   is_short()      whether it has hardly as many entries as the list would need
+  //   leave_part()    it is not looked at any more
+  //   list_end        where the next candidate goes
+  // Where `rehearses`, they go through the motions first, which brings their code near: it takes longer to come from memory
+  // than to run.
   template <class Next, class IsShort, class Leave>
   __device__ __forceinline__ void run(
-      const Next& next_part, const IsShort& is_short, const Leave& leave_part, const uint64_t* list, const uint32_t* end, uint32_t top_k,
-      uint64_t* threshold, float* least_score, bool rehearses) {
+      const Next& next_part, const IsShort& is_short, const Leave& leave_part, const uint64_t* list,
+      const uint32_t* list_end, uint32_t top_k, uint64_t* threshold, float* least_score, bool rehearses) {
     const uint32_t thread = this_thread() % kThreads;  // in some order
     uint32_t known_cuts = 0, counted = 0;
     bool is_in_part = false;
@@ -49,7 +55,7 @@ struct Raiser {
       if (counted == 0) {
         if (thread == 0) low = ~0u, high = 0;
       }
-      View view = {0, 0, kBins};
+      View view = {0, 0, kSample};
       if (!rehearses) {
         if (!is_in_part && !next_part()) return;
         is_in_part = true;
@@ -59,7 +65,7 @@ struct Raiser {
           continue;
         }
         if (thread == 0) {
-          last = {volatile_now().cuts, volatile_now().is_over, *static_cast<const volatile uint32_t*>(end)};
+          last = {volatile_now().cuts, volatile_now().is_over, *static_cast<const volatile uint32_t*>(list_end)};
         }
         barrier_sync<kThreads>(kBarrier);
         view = last;
@@ -74,7 +80,8 @@ struct Raiser {
         known_cuts = view.cuts, counted = 0;
         continue;
       }
-      const uint32_t least = rehearses ? kBins : max(counted, top_k) + kChunk, until = counted ? view.end : least;
+      const uint32_t least = rehearses ? kSample : max(max(counted, top_k) + kChunk, kSample);
+      const uint32_t until = counted ? view.end : least;
       if (known_cuts % 2 != 0 || view.end < least) {
         pause(100);
         continue;
@@ -94,7 +101,7 @@ struct Raiser {
       uint32_t ranks[kAtOnce];
       if (counted == 0) {
         uint32_t bottom = ~0u, top = 0;
-        read(thread, kBins, ranks);
+        read(thread, kSample, ranks);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) bottom = min(bottom, ranks[i]), top = max(top, ranks[i]);
 #pragma unroll 1
@@ -104,9 +111,9 @@ struct Raiser {
       }
       bool is_over = barrier_any<kThreads>(kBarrier, volatile_now().is_over);
       const Ruler ruler(low, high);
-      const bool is_exact = ruler.suits(~0u) && !is_over;  // otherwise all is left to cuts
+      const bool can_count = ruler.suits(~0u) && !is_over;  // where scores are out of range all is left to cuts
 #pragma unroll 1
-      for (uint32_t first = counted + thread; is_exact && first < until; first += kAtOnce * kThreads) {
+      for (uint32_t first = counted + thread; can_count && first < until; first += kAtOnce * kThreads) {
         read(first, until, ranks);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
@@ -116,12 +123,14 @@ struct Raiser {
       }
       counted = until;
       is_over = barrier_any<kThreads>(kBarrier, volatile_now().is_over);
-      if (thread < kWarpThreads && is_exact && !is_over) {
+      if (thread < kWarpThreads && can_count && !is_over) {
         const int bin = bin_of_nth(rehearses ? 1 : top_k, thread);
         // What lies below the range is counted with its lowest stretch.
         if (thread == 0 && bin > ruler.stretch_of(low)) {
           const uint64_t raised = static_cast<uint64_t>(ruler.start_of(bin)) << 32;
           volatile uint64_t& current = *threshold;
+          // A cut may begin, or the part end, behind this look: no harm. What made it valid stays in the list, either of the
+          // two stores is right without the other, and the next part waits for leave_part().
           if (!rehearses && raised > current && volatile_now().cuts == known_cuts && !volatile_now().is_over) {
             current = raised;
             *static_cast<volatile float*>(least_score) = score_threshold(raised);

@@ -34,7 +34,7 @@ namespace lightning_indexer {
 //   kQueries   queries in shared memory      kPerMma    of them in one product
 //   kGroups    warpgroups                    kCapacity  candidates in a query's list
 //   kTeams     queries cut back at the same time, each by an equal part of the threads; one at a time is left to kLoneTeam
-//              threads, since more would wait longer for one another than they save
+//              threads, since more would wait longer for one another than they save, but where its list is in shared memory
 //   kStages    tiles that a warpgroup has under way
 //   kOffset    where the operands begin in shared memory, after `Shared`
 //   kHalves    times 64 entries that a tile has
@@ -46,10 +46,11 @@ struct Shape {
   static constexpr int kHeads = kHeads_, kQueries = kQueries_, kPerMma = kPerMma_, kGroups = kGroups_;
   static constexpr int kCapacity = kCapacity_, kTeams = kTeams_, kStages = kStages_, kOffset = kOffset_;
   static constexpr int kThreads = kGroups * 128;
-  // Whether a lone query's list is in shared memory, and its threshold raised by warps that are left over: those that feed
-  // five warpgroups come in two.
+  // Whether a lone query's list is in shared memory, and its threshold raised by warps that are left over: producers are
+  // launched as two warpgroups, eight warps, of which five feed.
   static constexpr bool kHoldsList = kGroups > 4 && kQueries == 1 && kCapacity <= 4096;
   static constexpr int kRaisers = kHoldsList ? 8 - kGroups : 0;
+  static_assert(!kHoldsList || kMaxTopK_ <= 1024, "lists of four parts are merged whole");
   static constexpr int kLoneTeam = kHoldsList ? kThreads : kGroups >= 4 ? 512 : kGroups >= 2 ? 256 : 128;
   static constexpr int kTeamThreads = kTeams == 1 ? kLoneTeam : kThreads / kTeams;
   static constexpr int kHalves = kHalves_, kTile = kHalves * kHalfEntries;
@@ -88,7 +89,7 @@ struct Shared {
   alignas(16) float weights[Shape::kQueries * Weights<Shape::kHeads>::kPerQuery];
   float score_thresholds[Shape::kQueries];
   int32_t lens[Shape::kQueries];
-  uint32_t ends[Shape::kQueries];    // where the next candidate goes, in keys of the workspace
+  uint32_t ends[Shape::kQueries];    // where the next candidate goes, in keys of the workspace or of the list held here
   uint32_t limits[Shape::kQueries];  // from there on a list is cut back
   typename Teams::Scratch team_scratch[Shape::kTeams];
   typename Either<Shape::kHoldsList, HeldList<Shape>, NoList>::Type held;
@@ -151,6 +152,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
   static_assert(sizeof(SharedData) <= Shape::kOffset && Shape::kOffset % 1024 == 0, "room before the operands");
   static_assert(Mma::kColumns == kPerMma * kHeads, "a product has a column per query and head");
   static_assert(Shape::kIsListed == Feed::kIsListed, "the feed follows the lists");
+  static_assert(Shape::kCapacity % kTeamThreads == 0 || !kIsRoomy || Shape::kHoldsList, "whole rounds");
   static_assert(!kHoldsList || kIsRoomy, "a list in shared memory is chosen from there");
 
   let_next_kernel_start();
@@ -169,7 +171,6 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
                            top_k, by_score};
   const Pages pages = {storage, block_table, table_row_stride, static_cast<uint32_t>(block_stride),
                        4 * static_cast<uint32_t>(table_column_stride), static_cast<uint32_t>(num_blocks)};
-  if (Shape::kQueries == 1 && thread >= kWarpThreads && thread < 2 * kWarpThreads) rows.touch(thread - kWarpThreads);
   const auto clear_list = [&](uint32_t rank, uint32_t threads) {
 #pragma unroll 1
     for (uint32_t i = rank; i < Shape::kCapacity / 2; i += threads) {
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
   };
   if constexpr (kHoldsList) {
     if (thread == 0) {
-      shared.held.raiser.begin();
+      shared.held.raiser.start_part();
     } else if (thread >= kWarpThreads) {  // the first warp has more to prepare
       clear_list(thread - kWarpThreads, kThreads + Feed::kProducerThreads - kWarpThreads);
     }
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
       plan.next(shared.range, shared.part);
       shared.has_unusual_weights = false;
       if constexpr (kHoldsList) {
-        if (thread == 0) shared.held.raiser.begin(), shared.ends[0] = 0;
+        if (thread == 0) shared.held.raiser.start_part(), shared.ends[0] = 0;  // looked at once the part is announced
       }
       Feed::announce_part(rings);
     }
@@ -389,9 +390,10 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
         if (4 * (count - top_k) < room) continue;
         uint64_t* const list = collected + start;
         HeldKeys held(team, list, count);
-        constexpr bool kIsCrowded = HeldKeys::kUnrolled > 16;  // what scores tiles holds registers too
-        const uint64_t threshold = held.template threshold<kIsCrowded>(team, top_k, room / 8);
-        // Lists of a lone query are few keys to each of many threads: there `collect` was quicker (64 x 8,192: by 0.3 us).
+        constexpr bool kByRanks = HeldKeys::kUnrolled > 16;  // what scores tiles holds registers too
+        const uint64_t threshold = held.template threshold<kByRanks>(team, top_k, room / 8);
+        // Lists of a lone query are few keys to each of many threads: there `collect` was quicker (64 x 8,192: by 0.3 us,
+        // when 512 threads cut a list in the workspace).
         const int left = Shape::kQueries == 1 ? held.collect(team, threshold, kNoCandidate, list)
                                               : held.compact(team, threshold, list);
         if (kHoldsList) {
@@ -399,8 +401,10 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
           for (int i = left + team.rank; i < count; i += kTeamThreads) list[i] = kNoCandidate;
         }
         if (team.rank == 0) {
-          shared.thresholds[q] = threshold;
-          shared.score_thresholds[q] = score_threshold(threshold);
+          // What has been raised meanwhile may be beyond; the list still holds what reaches it.
+          const uint64_t now = kHoldsList ? max(threshold, shared.thresholds[q]) : threshold;
+          shared.thresholds[q] = now;
+          shared.score_thresholds[q] = score_threshold(now);
           shared.ends[q] = start + left;
         }
       }
@@ -410,7 +414,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
 
     // --- finish -----------------------------------------------------------------------------------------------------
     const uint32_t self = this_thread(), team_index = self / kTeamThreads;
-    if constexpr (kHoldsList) shared.held.raiser.end(self);
+    if constexpr (kHoldsList) shared.held.raiser.finish_part(self);
     const Team<kTeamThreads> team = {static_cast<int>(self % kTeamThreads),
                                      static_cast<int>(kFirstTeamBarrier + team_index),
                                      shared.team_scratch[min(team_index, Shape::kTeams - 1u)]};
@@ -424,7 +428,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
       uint64_t* const candidates = space.keys() + start;
       const Front front = shared.front;
       PartList& list = part.is_first ? space.first_list(this_block(), q) : space.later_list(this_block(), q);
-      const uint64_t from = shared.thresholds[q];  // that the top k reach: it may still be raised
+      const uint64_t from = shared.thresholds[q];  // that the top k reach. Threads may see it raised, each once
       const uint32_t floor = rank_of_key(from);
       if (!kHoldsList && is_split && space.is_apart() && count <= front.whole) {
         if (team.rank == 0) list = {kNoCandidate, count, true, floor};
@@ -467,7 +471,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
         int kept = fits ? count : top_k;
         if (space.is_apart() && team.rank == 0) team.scratch.total = 0;
         team.sync();  // all have read what the last threshold left in the team's memory
-        if (kHoldsList && front.whole < top_k) {  // to where the merge looks behind the front
+        if (kHoldsList && front.whole == 0) {  // to where the merge looks behind the front
 #pragma unroll 1
           for (int i = team.rank; i < count; i += kTeamThreads) candidates[i] = collected[i];
         } else if (kHoldsList) {
@@ -502,7 +506,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
     if (is_split && part.is_first && self == 0) {
       space.split_group(this_block()) = {part.group.row, static_cast<int32_t>(size), part.last_block, shared.front.most};
     }
-    if (is_done) {  // which those that feed need not be told by a plan
+    if (is_done) {  // announced here, instead of by planning once more
       if (self < kWarpThreads) {
         Feed::await_copied(rings);
         shared.part.is_none = true;

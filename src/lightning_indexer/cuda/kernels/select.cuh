@@ -42,6 +42,7 @@ __device__ __forceinline__ float score_threshold(uint64_t threshold) { return sc
 // 256 equal stretches of scores that a range of ranks lies in. Their ends are multiples of a power of two, so that it is exact
 // which one a score is in, and which rank one starts with.
 struct Ruler {
+  static constexpr int kStretches = 256;
   int exponent;  // of the larger end
   int bits;      // of a side's stretches
   int offset;    // of the first stretch from zero on
@@ -186,28 +187,19 @@ struct RegisterKeys {
 };
 
 // Keys in shared memory, which loops go through that stay short. Code that runs once in a launch is best short: fetching it
-// from memory takes longer than running it. kUnrolled: keys that a thread has under way. There is room for whole rounds.
-template <int kCapacity_, int kThreads_, int kUnrolled_ = 1>
+// from memory takes longer than running it. There is room for whole rounds.
+template <int kCapacity_, int kThreads_>
 struct SharedKeys {
-  static constexpr int kCapacity = kCapacity_, kThreads = kThreads_, kUnrolled = kUnrolled_;
+  static constexpr int kCapacity = kCapacity_, kThreads = kThreads_, kUnrolled = 1;
   uint64_t* keys;
   int count;
 
   __device__ __forceinline__ SharedKeys(const Team<kThreads>& team, uint64_t* keys, int count) : keys(keys), count(count) {
-    const int padding = rounds() * kThreads - count;
-    if (kUnrolled == 1) {
-      if (team.rank < padding) keys[count + team.rank] = kNoCandidate;
-    } else {
-#pragma unroll 1
-      for (int i = team.rank; i < padding; i += kThreads) keys[count + i] = kNoCandidate;
-    }
+    if (team.rank < rounds() * kThreads - count) keys[count + team.rank] = kNoCandidate;
     team.sync();
   }
   __device__ __forceinline__ SharedKeys(uint64_t* keys, int count) : keys(keys), count(count) {}  // padded already
-  __device__ __forceinline__ int rounds() const {
-    constexpr int kAtOnce = kThreads * kUnrolled;
-    return (count + kAtOnce - 1) / kAtOnce * kUnrolled;
-  }
+  __device__ __forceinline__ int rounds() const { return (count + kThreads - 1) / kThreads; }
   __device__ __forceinline__ uint64_t& key(const Team<kThreads>& team, int i) { return keys[i * kThreads + team.rank]; }
 };
 
@@ -215,7 +207,7 @@ struct SharedKeys {
 template <class Keys>
 struct Selection : Keys {
   static constexpr int kCapacity = Keys::kCapacity, kThreads = Keys::kThreads, kUnrolled = Keys::kUnrolled;
-  // Whether keys take so many registers that `Ruler` would be spilled.
+  // Whether keys take so many registers that those of `Ruler` would be spilled.
   static constexpr bool kIsCrowded = kUnrolled > 32;
   using Members = Team<kThreads>;
   using Keys::Keys;
@@ -234,26 +226,27 @@ struct Selection : Keys {
 
   // The largest threshold that at least `wanted` keys reach; or any that `wanted` to `wanted + slack` do. `wanted` must
   // not exceed the number of keys. Members may return while others still read the team's memory, whose total is 0 then.
-  // kOfBest: these are likely to have scores of the best one's last three binades.
-  template <bool kOfBest = false>
+  // kByRanks: look among scores of the best one's last three binades first, and never divide scores: quicker if that is where
+  // the threshold is, and with fewer registers.
+  template <bool kByRanks = false>
   __device__ __forceinline__ uint64_t threshold(const Members& team, uint32_t wanted, uint32_t slack) {
     uint32_t top = 0, bottom = ~0u;
 #pragma unroll kUnrolled
     for (int i = 0; i < this->rounds(); ++i) extend(bottom, top, this->key(team, i));
     top = __reduce_max_sync(kFullWarp, top);
-    if (!kOfBest) bottom = __reduce_min_sync(kFullWarp, bottom);
+    if (!kByRanks) bottom = __reduce_min_sync(kFullWarp, bottom);
     team.template fill<Members::kBins>(team.scratch.bins, 0u);
     if (team.rank == 0) team.scratch.high = 0, team.scratch.low = ~0u;
     team.sync();
     if (team.rank % kWarpThreads == 0) {
       atomicMax(&team.scratch.high, top);
-      if (!kOfBest) atomicMin(&team.scratch.low, bottom);
+      if (!kByRanks) atomicMin(&team.scratch.low, bottom);
     }
     if (team.rank == 0) team.scratch.total = 0;
     team.sync();
     constexpr uint32_t kBinades = 3 << 23;
-    top = team.scratch.high, bottom = kOfBest ? top - ::min(top, kBinades) : team.scratch.low;
-    return threshold_from<kOfBest>(team, wanted, slack, bottom, top);
+    top = team.scratch.high, bottom = kByRanks ? top - ::min(top, kBinades) : team.scratch.low;
+    return threshold_from<kByRanks>(team, wanted, slack, bottom, top);
   }
 
   // Make a range of ranks hold a key's, if there is one.
@@ -268,11 +261,12 @@ struct Selection : Keys {
   // Each round counts the keys of kBins equal stretches of what is left of the range, and goes on with the stretch that
   // holds the wanted one: one round where there is slack, two or three where there is none. Stretches are of scores while the
   // range spans many binades, as it does where signs differ, then of ranks, and of entries only where too many keys share the
-  // wanted one's rank. kByRank: never of scores.
-  template <bool kByRank = false>
+  // wanted one's rank. kByRanks: never of scores.
+  template <bool kByRanks = false>
   __device__ __forceinline__ uint64_t threshold_from(
       const Members& team, uint32_t wanted, uint32_t slack, uint32_t bottom, uint32_t top) {
     constexpr int kBins = Members::kBins, kPerLane = kBins / kWarpThreads;
+    static_assert(kBins == Ruler::kStretches, "a bin for each");
     typename Members::Scratch& scratch = team.scratch;
     const int lane = team.rank % kWarpThreads;
     uint32_t low = ::max(bottom, 1u), high = top;  // of the lower words if the upper one is known, otherwise of the upper ones
@@ -283,7 +277,7 @@ struct Selection : Keys {
       const uint32_t span = high - low;
       const int shift = ::max(24 - __clz(static_cast<int>(span)), 0);
       const Ruler ruler(low, high);
-      const bool by_score = !kByRank && !is_upper_known && ruler.suits(span);
+      const bool by_score = !kByRanks && !is_upper_known && ruler.suits(span);
       uint32_t* const bins = scratch.bins + (round & 1) * kBins;
       visit_batches(team, [&](const uint64_t(&batch)[kUnrolled]) {
 #pragma unroll
@@ -361,8 +355,8 @@ struct Selection : Keys {
     return static_cast<int>(team.scratch.total);
   }
 
-  // The same right after `threshold`; `target` may be the buffer that keys in registers came from. A warp counts its keys
-  // first, so that it waits for its places once; its lanes then write to consecutive ones.
+  // What `gather` does, right after `threshold`; `target` may be the buffer that keys in registers came from. A warp counts
+  // its keys first, so that it waits for its places once; its lanes then write to consecutive ones.
   __device__ __forceinline__ int compact(const Members& team, uint64_t threshold, uint64_t* target) {
     const int lane = team.rank % kWarpThreads;
     uint32_t count = 0;

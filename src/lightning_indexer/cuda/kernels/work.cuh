@@ -73,14 +73,6 @@ struct Rows {
     const int64_t length = valid_lens[row];
     return static_cast<int>(length < 0 ? 0 : length < max_entries ? length : max_entries);
   }
-  // A warp: bring nearer what planning waits for, where each query is planned for itself.
-  __device__ __forceinline__ void touch(uint32_t lane) const {
-    const uint32_t each = (count + kWarpThreads - 1) / kWarpThreads;
-    touch_word(valid_lens + min(lane * each, count - 1u));
-    if (!seq_ids.values) return;
-    const uint32_t likely = static_cast<uint32_t>(this_block()) * static_cast<uint32_t>(count) / all_blocks();
-    touch_word(static_cast<const int32_t*>(seq_ids.values) + (static_cast<int64_t>(likely) << seq_ids.is_int64));
-  }
 };
 
 template <int kTile>
@@ -334,7 +326,8 @@ struct Front {
     whole = parts <= 4 ? room : 0;
   }
 
-  // Candidates that a merging block holds: four times top_k, as far as every GPU has the memory. score_topk.py has the same.
+  // Candidates that a merging block holds: four times top_k and more, or what every GPU has memory for. score_topk.py has the
+  // same.
   __device__ __forceinline__ static int merge_room(int top_k) {
     return top_k <= 512 ? 4096 : top_k <= 2048 ? 8192 : 7168;
   }
@@ -349,13 +342,15 @@ struct SplitGroup {
 };
 
 // A part's best, at least the top k: `count` keys, those from `bound` on in front. Places in front that are left over hold
-// further keys or kNoCandidate. A whole list is where it was collected. The top k have the rank `floor` at the least.
+// further keys or kNoCandidate. A whole list is where `Workspace` has candidates of a part. The top k have the rank `floor` at
+// the least.
 struct PartList {
   uint64_t bound;  // kNoCandidate: all are in front
   int32_t count : 31;
   bool is_whole : 1;
   uint32_t floor;
 };
+static_assert(sizeof(PartList) == 16 && sizeof(SplitGroup) == 16, "as score_topk.py counts them");
 
 struct Workspace {
   uint8_t* base;
