@@ -106,9 +106,10 @@ _MERGE_THREADS = 512
 _MERGE_SCRATCH_BYTES = 6400  # `MergeShared` of kernels/merge.cu without the keys
 _MAX_BLOCKS = 256  # kMaxParts there
 
-# (largest top_k, candidates per list, the same where lists may be long, the same for one query per block, most queries
-# per block): lists are at least twice top_k, and those of all blocks fit the workspace. Long ones run full less.
-_LISTS = ((512, 2048, 2048, 4096, 16), (2048, 4096, 5632, 8192, 8), (4096, 8192, 8192, 8192, 4))
+# (largest top_k, candidates per list, the same where lists may be long, the same for one query per block, candidates
+# that a merge holds, most queries per block): lists are at least twice top_k, and those of all blocks fit the
+# workspace. Long ones run full less. `Front` in kernels/work.cuh knows what a merge holds, too.
+_LISTS = ((512, 2048, 2048, 4096, 4096, 16), (2048, 4096, 5632, 8192, 8192, 8), (4096, 8192, 8192, 8192, 7168, 4))
 _MOST_CANDIDATES = 5632  # that the registers of four warpgroups leave room for where a product has more than 64 columns
 _WANTED, _MOST_WANTED = (1, 1, 2, 4, 4), 16  # queries per block that suit so many queries of a sequence
 _FEW_QUERIES = 1  # `Workspace` of kernels/work.cuh has the same
@@ -466,13 +467,13 @@ def _multiprocessors(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
-def _lists(top_k: int) -> tuple[int, int, int, int, int]:
+def _lists(top_k: int) -> tuple[int, int, int, int, int, int]:
     return next(row for row in _LISTS if top_k <= row[0])
 
 
 def _capacity(top_k: int, queries: int, is_long: bool) -> int:
     """Candidates in a list."""
-    _, short, long, alone, _ = _lists(top_k)
+    _, short, long, alone, *_ = _lists(top_k)
     if queries <= _FEW_QUERIES:
         return alone
     return long if is_long else short
@@ -543,7 +544,7 @@ def _merge_shared_bytes(top_k: int, is_lone: bool, arch: str) -> int:
 
 def _merge_capacity(top_k: int) -> int:
     """`Front::merge_room` of kernels/work.cuh: candidates that a merging block holds."""
-    return {512: 4096, 2048: 8192, 4096: 7168}[_lists(top_k)[0]]
+    return _lists(top_k)[-2]
 
 
 class _Call:
