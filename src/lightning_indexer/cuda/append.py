@@ -31,7 +31,7 @@ PARAMETERS = {
 }
 MAX_DIM = 2048  # of "bf16" and "fp32" entries: one thread block must hold one
 
-_THREADS = 256
+_THREADS = 128
 _TAME_EXPONENT = 40
 
 

@@ -33,29 +33,24 @@ __global__ void __launch_bounds__(kEntriesPerCta* Row::kLanes) append_entries(
   static_assert(Row::kGroupLanes == 0 || (kWarpThreads % kLanes == 0 && kEntriesPerCta * kLanes % kWarpThreads == 0),
                 "shuffles stay inside full warps");
 
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const int64_t entry = static_cast<int64_t>(blockIdx.x) * kEntriesPerCta + static_cast<int>(threadIdx.x) / kLanes;
-  const bool exists = entry < num_entries;  // lanes without an entry stay: the shuffles want full warps
+  const int lane = static_cast<int>(threadIdx.x % kLanes);
+  const int64_t place = static_cast<int64_t>(blockIdx.x) * kEntriesPerCta + threadIdx.x / kLanes;
+  // Lanes without an entry take the last one, but do not write it: shuffles want full warps, and behind a branch slots would
+  // be waited for before values are asked for, or the other way round.
+  const int64_t entry = min(place, num_entries - 1);
 
-  const int64_t slot = exists ? Indices{slots, slots_are_int64}[entry] : -1;
+  const int64_t slot = Indices{slots, slots_are_int64}[entry];
   constexpr bool kIsPairs = Row::kTakesPairs && Input::kIsBf16;
-  typename Either<kIsPairs, uint32_t, float>::Type x[kIsPairs ? kValues / 2 : kValues] = {};
-  if (exists) {
-    const uint8_t* const source = entries + entry * entry_stride + lane * (kValues / Input::kPer16 * 16);
-    if constexpr (kIsPairs) {
-      load_words(source, x);
-    } else {
-      load_values<Input>(source, x);
-    }
+  typename Either<kIsPairs, uint32_t, float>::Type x[kIsPairs ? kValues / 2 : kValues];
+  const uint8_t* const source = entries + entry * entry_stride + lane * (kValues / Input::kPer16 * 16);
+  if constexpr (kIsPairs) {
+    load_words(source, x);
+  } else {
+    load_values<Input>(source, x);
   }
 
-  Target target = {};
-  if (slot >= 0 && slot < num_slots) {
-    uint8_t* block = storage + slot / Block::kEntries * block_stride;
-    const int row = static_cast<int>(slot % Block::kEntries);
-    target.data_row = block + row * Block::kDataBytes;
-    target.scale_row = block + Block::kScaleOffset + row * Block::kScaleBytes;
-  }
+  const bool is_wanted = place == entry && static_cast<uint64_t>(slot) < static_cast<uint64_t>(num_slots);
+  const Target target = Target::of_slot<Block>(storage, block_stride, slot, is_wanted);
   if constexpr (kIsPairs) {
     Row::write_pairs(x, lane, target, global_scale);
   } else {

@@ -277,13 +277,7 @@ __global__ void __launch_bounds__(Pooling::kThreads, 1) compress_entries(
   for (int i = 0; i < kValues; ++i) y[i] = shared.entry[row_lane * kValues + i];
   rope<Input, kDim>(y, row_lane * kValues, shared.turns, num_pairs);
   if constexpr (kRotate) hadamard<Input, Row::kLanes>(y, row_lane);
-  Target target = {};
-  if (thread < Row::kLanes) {
-    uint8_t* block = storage + slot / Block::kEntries * block_stride;
-    const int row = static_cast<int>(slot % Block::kEntries);
-    target.data_row = block + row * Block::kDataBytes;
-    target.scale_row = block + Block::kScaleOffset + row * Block::kScaleBytes;
-  }
+  const Target target = Target::of_slot<Block>(storage, block_stride, slot, thread < Row::kLanes);
   Row::template write<Input>(y, row_lane, target, global_scale);
 }
 

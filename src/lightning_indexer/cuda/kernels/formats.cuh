@@ -4,7 +4,7 @@
 // warp. A row type has
 //     write<Input>(x, lane, target, global_scale)        x: the lane's values; target: the rows to write
 //     write_pairs(pairs, lane, target, global_scale)     the same bytes from bf16, two to a word (if kTakesPairs)
-// which all lanes of a warp must call together (they shuffle), those whose entry is skipped with an empty target.
+// which all lanes of a warp must call together (they shuffle), those whose entry is skipped with a target that is not wanted.
 #pragma once
 
 #include "memory.cuh"
@@ -16,10 +16,20 @@ namespace lightning_indexer {
 constexpr int kQuantizedValues = 16;  // per lane, in formats with scales: the smallest scale group
 constexpr int kPlainValues = 8;       // per lane, in formats without
 
-// Where an entry's bytes go; null where the entry is skipped.
+// Where an entry's bytes go, unless it is skipped.
 struct Target {
   uint8_t* __restrict__ data_row;
   uint8_t* __restrict__ scale_row;
+  bool is_wanted;
+
+  // Of a slot of a paged cache, which may be any number where the entry is skipped.
+  template <class Block>
+  __device__ __forceinline__ static Target of_slot(uint8_t* storage, int64_t block_stride, int64_t slot, bool is_wanted) {
+    const uint32_t block = static_cast<uint32_t>(static_cast<uint64_t>(slot) / Block::kEntries);
+    const uint32_t row = static_cast<uint32_t>(static_cast<uint64_t>(slot) % Block::kEntries);
+    uint8_t* const base = storage + block * block_stride;
+    return {base + row * Block::kDataBytes, base + (Block::kScaleOffset + row * Block::kScaleBytes), is_wanted};
+  }
 };
 
 // --- codes of one lane --------------------------------------------------------------------------------------------
@@ -117,17 +127,33 @@ __device__ __forceinline__ void encode_e2m1(
     }
     words[w] = permute(permute(bytes[0], bytes[1], 0x0040), permute(bytes[2], bytes[3], 0x0040), 0x5410);
   }
-  if (scale.is_nan()) {  // code 0, and -0 for a negative NaN
+}
+
+// The same of a NaN scale: code 0, and -0 for a negative NaN.
+__device__ __forceinline__ void encode_nans(const uint32_t (&pairs)[kQuantizedValues / 2], uint32_t (&words)[2]) {
 #pragma unroll
-    for (int w = 0; w < 2; ++w) {
-      words[w] = 0;
+  for (int w = 0; w < 2; ++w) {
+    words[w] = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t pair = pairs[4 * w + i], low = pair << 16 > kNegativeInfBits, high = pair > (kNegativeInfBits | 0xFFFFu);
-        words[w] |= (low << 3 | high << 7) << (8 * i);
-      }
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t pair = pairs[4 * w + i], low = pair << 16 > kNegativeInfBits, high = pair > (kNegativeInfBits | 0xFFFFu);
+      words[w] |= (low << 3 | high << 7) << (8 * i);
     }
   }
+}
+
+// Store the codes of a lane's pairs. NaNs come last, over what was stored, so that their code need not be fetched.
+template <class Scale>
+__device__ __forceinline__ void store_e2m1(
+    const uint32_t (&pairs)[kQuantizedValues / 2], const Scale& scale, int lane, const Target& target) {
+  if (!target.is_wanted) return;
+  uint8_t* const place = target.data_row + 8 * lane;
+  uint32_t words[2];
+  encode_e2m1(pairs, scale, words);
+  store_words(place, words);
+  if (!scale.is_nan()) return;
+  encode_nans(pairs, words);
+  store_words(place, words);
 }
 
 // --- scales of one group ------------------------------------------------------------------------------------------
@@ -200,7 +226,7 @@ struct PlainE4M3Scale {
   __device__ static __forceinline__ PlainE4M3Scale covering(float amax, float global_scale) {
     const float wanted = amax * __uint_as_float(0x7F000000u - __float_as_uint(global_scale));  // divided by a power of two
     const float clamped = fminf(fmaxf(wanted, kE2M1Max * kE4M3Tiny), kE2M1Max * kE4M3Max);
-    const uint32_t byte = is_finite(wanted) ? e4m3_magnitude(clamped * kOneOverE2M1Max) : kE4M3Nan;
+    const uint32_t number = e4m3_magnitude(clamped * kOneOverE2M1Max), byte = is_finite(wanted) ? number : kE4M3Nan;
     const float exact = approximate_reciprocal(e4m3_fields(byte << 24) * 0x1p120f * global_scale);
     const uint32_t inverse = twice(exact);
     return {byte, inverse, twice(exact - __uint_as_float(inverse << 16))};
@@ -241,12 +267,12 @@ __device__ __forceinline__ float group_amax(const uint32_t (&pairs)[kQuantizedVa
 
 // Writes one scale byte per group, four groups to a word: a byte store per group would issue four times as many.
 template <int kGroupLanes, int kGroups>
-__device__ __forceinline__ void store_scale_bytes(uint8_t* scale_row, uint32_t byte, uint32_t pad, int lane) {
+__device__ __forceinline__ void store_scale_bytes(const Target& target, uint32_t byte, uint32_t pad, int lane) {
   constexpr int kWordLanes = 4 * kGroupLanes;
   uint32_t word = byte << (8 * (lane / kGroupLanes % 4)) | pad;
   word |= __shfl_xor_sync(kFullWarp, word, kGroupLanes);
   if constexpr (kGroups > 2) word |= __shfl_xor_sync(kFullWarp, word, 2 * kGroupLanes);
-  if (scale_row && lane % kWordLanes == 0) reinterpret_cast<uint32_t*>(scale_row)[lane / kWordLanes] = word;
+  if (target.is_wanted && lane % kWordLanes == 0) reinterpret_cast<uint32_t*>(target.scale_row)[lane / kWordLanes] = word;
 }
 
 // Packed E2M1, then UE8M0 per 32 values. At D=64 two of the four scale bytes are pad and hold 1.0.
@@ -261,19 +287,17 @@ struct Mxfp4 {
   template <class Input>
   __device__ static __forceinline__ void write(const float (&x)[kValues], int lane, Target target, float) {
     const PowerOfTwo scale = PowerOfTwo::covering(group_amax<kGroupLanes>(x), kFloor, kOneOverE2M1Max);
-    store_scale_bytes<kGroupLanes, kDim / 32>(target.scale_row, scale.byte, kDim == 64 ? 0x7F7F0000u : 0, lane);
+    store_scale_bytes<kGroupLanes, kDim / 32>(target, scale.byte, kDim == 64 ? 0x7F7F0000u : 0, lane);
     uint32_t words[2];
     encode_e2m1<kRounding>(x, scale, words);
-    if (target.data_row) store_words(target.data_row + 8 * lane, words);
+    if (target.is_wanted) store_words(target.data_row + 8 * lane, words);
   }
 
   __device__ static __forceinline__ void write_pairs(
       const uint32_t (&pairs)[kValues / 2], int lane, Target target, float) {
     const PowerOfTwo scale = PowerOfTwo::covering(group_amax<kGroupLanes>(pairs), kFloor, kOneOverE2M1Max);
-    store_scale_bytes<kGroupLanes, kDim / 32>(target.scale_row, scale.byte, kDim == 64 ? 0x7F7F0000u : 0, lane);
-    uint32_t words[2];
-    encode_e2m1(pairs, scale, words);
-    if (target.data_row) store_words(target.data_row + 8 * lane, words);
+    store_scale_bytes<kGroupLanes, kDim / 32>(target, scale.byte, kDim == 64 ? 0x7F7F0000u : 0, lane);
+    store_e2m1(pairs, scale, lane, target);
   }
 };
 
@@ -288,23 +312,21 @@ struct Nvfp4 {
   template <class Input>
   __device__ static __forceinline__ void write(const float (&x)[kValues], int lane, Target target, float global_scale) {
     const E4M3Scale scale = E4M3Scale::covering(group_amax<kGroupLanes>(x), global_scale);
-    store_scale_bytes<kGroupLanes, kDim / 16>(target.scale_row, scale.byte, 0, lane);
+    store_scale_bytes<kGroupLanes, kDim / 16>(target, scale.byte, 0, lane);
     uint32_t words[2];
     if (TameE4M3Scale::fits(scale)) {
       encode_e2m1<kRounding>(x, TameE4M3Scale{scale.byte, scale.value, 1.0f / scale.value}, words);
     } else {
       encode_e2m1<kRounding>(x, scale, words);
     }
-    if (target.data_row) store_words(target.data_row + 8 * lane, words);
+    if (target.is_wanted) store_words(target.data_row + 8 * lane, words);
   }
 
   __device__ static __forceinline__ void write_pairs(
       const uint32_t (&pairs)[kValues / 2], int lane, Target target, float global_scale) {
     const PlainE4M3Scale scale = PlainE4M3Scale::covering(group_amax<kGroupLanes>(pairs), global_scale);
-    store_scale_bytes<kGroupLanes, kDim / 16>(target.scale_row, scale.byte, 0, lane);
-    uint32_t words[2];
-    encode_e2m1(pairs, scale, words);
-    if (target.data_row) store_words(target.data_row + 8 * lane, words);
+    store_scale_bytes<kGroupLanes, kDim / 16>(target, scale.byte, 0, lane);
+    store_e2m1(pairs, scale, lane, target);
   }
 };
 
@@ -321,7 +343,7 @@ struct Fp8 {
     const PowerOfTwo scale = PowerOfTwo::covering(group_amax<kGroupLanes>(x), kFp8Floor, kOneOverE4M3Max);
     uint32_t words[4];
     encode_e4m3(x, scale, words);
-    if (!target.data_row) return;
+    if (!target.is_wanted) return;
     store_words(target.data_row + 16 * lane, words);
     if (lane == 0) *reinterpret_cast<float*>(target.scale_row) = ue8m0_value(scale.byte);
   }
@@ -340,8 +362,8 @@ struct Fp8DsMla {
   __device__ static __forceinline__ void write(const float (&x)[kValues], int lane, Target target, float) {
     const PowerOfTwo scale = PowerOfTwo::covering(group_amax<kGroupLanes>(x), kFp8Floor, kOneOverE4M3Max);
     const bool is_rope = lane >= kFp8Lanes;
-    store_scale_bytes<kGroupLanes, 8>(target.scale_row, is_rope ? 0 : scale.byte, 0, lane);
-    if (!target.data_row) return;
+    store_scale_bytes<kGroupLanes, 8>(target, is_rope ? 0 : scale.byte, 0, lane);
+    if (!target.is_wanted) return;
     if (is_rope) {
       uint32_t words[8];
       round_to_bf16(x, words);
@@ -363,7 +385,7 @@ struct Bf16 {
 
   template <class Input>
   __device__ static __forceinline__ void write(const float (&x)[kValues], int lane, Target target, float) {
-    if (!target.data_row) return;
+    if (!target.is_wanted) return;
     uint32_t words[4];
     if constexpr (Input::kIsBf16) {
       take_high_halves(x, words);
@@ -382,7 +404,7 @@ struct Fp32 {
 
   template <class Input>
   __device__ static __forceinline__ void write(const float (&x)[kValues], int lane, Target target, float) {
-    if (!target.data_row) return;
+    if (!target.is_wanted) return;
     uint32_t words[kValues];
 #pragma unroll
     for (int i = 0; i < kValues; ++i) words[i] = __float_as_uint(x[i]);

@@ -26,7 +26,7 @@ struct Fp16 {
 
   template <class Input>
   __device__ static __forceinline__ void write(const float (&x)[kValues], int lane, Target target, float) {
-    if (!target.data_row) return;
+    if (!target.is_wanted) return;
     uint32_t words[kValues / 2];
 #pragma unroll
     for (int i = 0; i < kValues / 2; ++i) words[i] = round_to_half(x[2 * i]) | round_to_half(x[2 * i + 1]) << 16;
@@ -74,12 +74,8 @@ __global__ void __launch_bounds__(kHeadsPerCta* Row::kLanes) indexer_query(
   rope<Input, Row::kDim>(x, lane * kValues, turns, num_pairs);
   if constexpr (kRotate) hadamard<Input, kLanes>(x, lane);
 
-  Target target = {};
-  if (exists) {
-    target.data_row = data + row * Row::kDataBytes;
-    target.scale_row = scale + row * Row::kScaleBytes;
-    if (lane == 0) weights_out[row] = weight * weight_scale;
-  }
+  if (exists && lane == 0) weights_out[row] = weight * weight_scale;
+  const Target target = {data + row * Row::kDataBytes, scale + row * Row::kScaleBytes, exists};
   Row::template write<Input>(x, lane, target, 1.0f);
 }
 
