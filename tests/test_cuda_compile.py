@@ -153,6 +153,7 @@ class Scorer:
         wanted: queries per block that would suit the call.
         top_k: 0 for dense scores.
         is_listed: the call has candidates.
+        is_short: no list will run full.
     """
 
     arch: str
@@ -165,6 +166,7 @@ class Scorer:
     dim: int = 128
     entries_per_block: int = 64
     is_listed: bool = False
+    is_short: bool = False
 
     @property
     def schema(self) -> CacheSchema:
@@ -177,7 +179,7 @@ class Scorer:
     @property
     def shape(self) -> score_topk.Shape:
         operands = (self.product, self.schema, self.heads, self.wanted, self.top_k, self.arch)
-        return score_topk._shape(*operands, self.is_listed)
+        return score_topk._shape(*operands, self.is_listed, self.is_short)
 
     @property
     def specialisation(self) -> Specialisation:
@@ -224,6 +226,7 @@ SAMPLE = {
     "sm_90a": [
         *scorers("sm_90a", MODEL, (1, 2, 16), (0, 512, 2048)),
         *scorers("sm_90a", [("mxfp4", "mxfp4"), ("fp8", "fp8")], (4,), (0, 512, 2048)),
+        *scorers("sm_90a", NATURAL, (1,), (512,), is_short=True),
     ],
     "sm_90a-portable": [
         *scorers("sm_90a", MODEL, (1, 16), (512,), engine="portable"),
@@ -244,7 +247,8 @@ def shape_of(specialisation: Specialisation) -> score_topk.Shape:
     (text,) = (argument for argument in specialisation.arguments if argument.startswith("Shape<"))
     heads, queries, per_product, groups, capacity, _, stages, _, halves, top_k = map(int, re.findall(r"\d+", text))
     sizes = (heads, queries, per_product, groups, capacity, stages, halves, top_k)
-    shape = score_topk.Shape(*sizes, is_listed="true" in text)
+    kind = {"is_listed": text.endswith(f" {top_k}, true>"), "holds_list": text.endswith("false, true>")}
+    shape = score_topk.Shape(*sizes, **kind)
     assert str(shape) == text
     return shape
 
@@ -333,9 +337,11 @@ def test_every_call_has_a_shape_that_fits(arch: str, engine: str) -> None:
     calls = itertools.product(
         score_topk.INDEX_FORMATS, score_topk._QUERY_FORMATS, (1, 2, 4, 16), TOP_K, score_topk._PADDED_HEADS, (64, 128)
     )
-    for keys, queries, wanted, top_k, heads, dim in calls:
-        is_listed = wanted == 1 and top_k % 2 == 1  # of both kinds where it is one query per block
-        scorer = Scorer(arch, keys, queries, wanted, top_k, engine, heads, dim, is_listed=is_listed)
+    kinds = [{"is_listed": True}, {"is_short": True}, {}]
+    for (keys, queries, wanted, top_k, heads, dim), kind in itertools.product(calls, kinds):
+        if kind and wanted > 1:
+            continue
+        scorer = Scorer(arch, keys, queries, wanted, top_k, engine, heads, dim, **kind)
         product, shape = scorer.product, scorer.shape
         taken, limit = score_topk._shared_bytes(product, shape, scorer.schema), score_topk._shared_limit(arch)
         assert taken <= limit, f"{scorer}: {shape} takes {taken} of {limit} bytes"

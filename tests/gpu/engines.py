@@ -5,10 +5,10 @@ choose it. Each must agree with itself bit for bit; the two need not agree with 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from cases import Problem, check_topk
+from cases import Problem, adversarial_row, check_topk, problem_with_scores
 from torch import Tensor
 
 from lightning_indexer import IndexerView, QuantizedQuery, index_scores, score_topk, score_topk_workspace_bytes
@@ -112,3 +112,14 @@ ENGINES = {
     "auto": Engine(score_topk, index_scores),
     "portable": Engine(_portable_score_topk, _portable_index_scores),
 }
+
+
+def rows_in_long_parts(kind: str) -> Problem:
+    """More entries for each multiprocessor than a lone query's list holds, in shared memory too (on Hopper).
+
+    They are equal queries of one adversarial row, as sequences that share their blocks.
+    """
+    length = 60_000
+    num = torch.cuda.get_device_properties().multi_processor_count * 4_500 // length + 1
+    one = problem_with_scores([adversarial_row(kind, length)], "mxfp4", rows=[0] * num)
+    return replace(one.take([0] * num), seq_ids=torch.arange(num, dtype=torch.int32))

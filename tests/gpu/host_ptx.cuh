@@ -40,6 +40,8 @@ inline uint32_t min_bf16x2(uint32_t a, uint32_t b) {
 
 inline float approximate_reciprocal(float x) { return 1.0f / x; }
 
+inline void have_now(int64_t&) {}
+
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t result = 0;

@@ -28,7 +28,7 @@ import compress_cases  # noqa: E402
 import kernel_cases  # noqa: E402
 import query_cases  # noqa: E402
 from cases import POISON, Problem, check_scores, make_lists, make_problem  # noqa: E402
-from engines import ENGINES, Engine, promised_error, workspace_bytes  # noqa: E402
+from engines import ENGINES, Engine, promised_error, rows_in_long_parts, workspace_bytes  # noqa: E402
 
 from lightning_indexer import merge_topk  # noqa: E402
 from lightning_indexer.cuda import append, gather, indexer_query  # noqa: E402
@@ -127,6 +127,12 @@ def listed_case(engine: Engine, operands: dict, shape: str) -> None:
     engine.check(problem, top_k, candidates=make_lists(problem, 300))
 
 
+def long_parts(engine: Engine) -> None:
+    """Lists that run full, and thresholds that rise meanwhile."""
+    problem = rows_in_long_parts("sorted-up").to(DEVICE)
+    engine.check(problem, 100, dense=engine.dense(problem))
+
+
 def hostile_numbers() -> None:
     """Lengths, sequences and blocks out of range are clamped: memcheck sees a read outside."""
     problem = make_problem([100, 100], valid_lens=[100, 100, 100, 100], seq_ids=[0, 0, 1, 1]).to(DEVICE)
@@ -191,6 +197,7 @@ def all_cases() -> dict[str, Callable[[], None]]:
         ]
         for key, operands, shape in chosen:
             found[f"{name}-{key}-{shape}"] = lambda e=engine, o=operands, s=shape: scoring_case(e, o, s)
+        found[f"{name}-mxfp4-long-parts"] = lambda e=engine: long_parts(e)
         for key, operands in FORMATS.items():
             for shape in ("decode-split", "prefill"):
                 found[f"{name}-{key}-{shape}-listed"] = lambda e=engine, o=operands, s=shape: listed_case(e, o, s)

@@ -36,7 +36,7 @@ from cases import (
     problem_with_scores,
     with_low_codes,
 )
-from engines import ENGINES, Engine, fp8_tensor_cores, promised_error, workspace_bytes
+from engines import ENGINES, Engine, fp8_tensor_cores, promised_error, rows_in_long_parts, workspace_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -470,6 +470,15 @@ def test_adversarial_rows_of_70_000(engine: Engine, kind: str) -> None:
     problem = adversarial_problem(kind, (70_000,)).to(DEVICE)
     scores = engine.dense(problem)
     for top_k, order in ((1, "score"), (512, "index"), (2048, "score"), (4096, "index")):
+        engine.check(problem, top_k, order=order, dense=scores)
+
+
+@pytest.mark.parametrize("kind", ["all-equal", "zero-plateau", "last-bit", "sorted-up", "nan", "all-negative"])
+def test_adversarial_rows_in_long_parts(engine: Engine, kind: str) -> None:
+    """More entries for each multiprocessor than a lone query's list holds, in shared memory too (on Hopper)."""
+    problem = rows_in_long_parts(kind).to(DEVICE)
+    scores = engine.dense(problem)
+    for top_k, order in ((1, "index"), (100, "score"), (512, "index")):
         engine.check(problem, top_k, order=order, dense=scores)
 
 

@@ -103,13 +103,16 @@ _PADDED_HEADS = (8, 16, 32, 64, 128)
 _MAX_COLUMNS = 128  # of one product
 _MAX_QUERIES_PER_PRODUCT = 4
 _MERGE_THREADS = 512
-_MERGE_SCRATCH_BYTES = 6400  # `MergeShared` of kernels/merge.cu without the keys
+_MERGE_SCRATCH_BYTES = 8448  # `MergeShared` of kernels/merge.cu without the keys
 _MAX_BLOCKS = 256  # kMaxParts there
 
 # (largest top_k, candidates per list, the same where lists may be long, the same for one query per block, candidates
 # that a merge holds, most queries per block): lists are at least twice top_k, and those of all blocks fit the
 # workspace. Long ones run full less. `Front` in kernels/work.cuh knows what a merge holds, too.
 _LISTS = ((512, 2048, 2048, 4096, 4096, 16), (2048, 4096, 5632, 8192, 8192, 8), (4096, 8192, 8192, 8192, 7168, 4))
+# Of a lone query's list in shared memory, and the largest top_k that has one. Where parts are no longer than
+# `_UNCUT_ENTRIES` (of 4,096, with room for what is under way) lists in the workspace never run full, which is quicker.
+_HELD_CANDIDATES, _MOST_HELD_TOP_K, _UNCUT_ENTRIES = 4736, 512, 3456
 _MOST_CANDIDATES = 5632  # that the registers of four warpgroups leave room for where a product has more than 64 columns
 _WANTED, _MOST_WANTED = (1, 1, 2, 4, 4), 16  # queries per block that suit so many queries of a sequence
 _FEW_QUERIES = 1  # `Workspace` of kernels/work.cuh has the same
@@ -132,6 +135,7 @@ class Shape:
     halves: int
     max_top_k: int
     is_listed: bool = False
+    holds_list: bool = False
 
     @property
     def threads(self) -> int:
@@ -143,11 +147,6 @@ class Shape:
         if self.queries < _FIRST_TEAMS or self.capacity > 2048 and self.groups % 2:
             return 1
         return self.groups if self.capacity <= 2048 else self.groups // 2
-
-    @property
-    def holds_list(self) -> bool:
-        """`kHoldsList` of kernels/score.cu."""
-        return self.groups > 4 and self.queries == 1 and self.capacity <= 4096
 
     @property
     def offset(self) -> int:
@@ -169,7 +168,8 @@ class Shape:
             self.halves,
             self.max_top_k,
         )
-        return f"Shape<{', '.join(str(number) for number in numbers)}{', true' if self.is_listed else ''}>"
+        kind = ", true" if self.is_listed else ", false, true" if self.holds_list else ""
+        return f"Shape<{', '.join(str(number) for number in numbers)}{kind}>"
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def workspace_bytes(top_k: int, device_index: int) -> int:
         _workspace_bytes(_blocks(queries, capacity, top_k, multiprocessors), queries, capacity, top_k)
         for queries in (1, 2, 4, 8, 16)
         if queries <= _lists(top_k)[-1]
-        for capacity in {_capacity(top_k, queries, is_long) for is_long in (False, True)}
+        for capacity in _capacities(top_k, queries)
     )
 
 
@@ -313,7 +313,9 @@ def specialisations(schema: CacheSchema, arch: str) -> Iterator[Specialisation]:
                         seen.add(_score_specialisation(schema, product, shape, top_k == 0, arch))
                         if top_k > 0:
                             listed = _shape(product, schema, heads, 1, top_k, arch, is_listed=True)
-                            seen.add(_score_specialisation(schema, product, listed, False, arch))
+                            short = _shape(product, schema, heads, 1, top_k, arch, is_short=True)
+                            for lone in (listed, short):
+                                seen.add(_score_specialisation(schema, product, lone, False, arch))
     yield from sorted(seen, key=str)
     for top_k, *_ in _LISTS:
         for is_lone in (True, False):
@@ -344,12 +346,20 @@ def _plan(
     engine: str,
     device_index: int,
     is_listed: bool = False,
+    is_short: bool = False,
 ) -> _Plan:
-    """wanted: queries per block that would suit the call. top_k 0: dense scores. is_listed: see `Lists` in work.cuh."""
+    """What to launch.
+
+    Args:
+        wanted: queries per block that would suit the call.
+        top_k: 0 for dense scores.
+        is_listed: see `Lists` in work.cuh.
+        is_short: no list will run full.
+    """
     arch = device_arch(device_index)
     heads = next(padded for padded in _PADDED_HEADS if padded >= num_heads)
     product = _product(schema, query_format, heads, arch, engine)
-    shape = _shape(product, schema, heads, wanted, top_k, arch, is_listed)
+    shape = _shape(product, schema, heads, wanted, top_k, arch, is_listed, is_short)
     score = load_kernel(
         _score_specialisation(schema, product, shape, top_k == 0, arch),
         device_index,
@@ -386,7 +396,14 @@ def _product(schema: CacheSchema, query_format: str, heads: int, arch: str, engi
 
 
 def _shape(
-    product: Product, schema: CacheSchema, heads: int, wanted: int, top_k: int, arch: str, is_listed: bool = False
+    product: Product,
+    schema: CacheSchema,
+    heads: int,
+    wanted: int,
+    top_k: int,
+    arch: str,
+    is_listed: bool = False,
+    is_short: bool = False,
 ) -> Shape:
     """The most queries per block up to `wanted`, then the most tiles under way, that fit shared memory."""
     max_top_k, *_, most = _lists(top_k)
@@ -398,10 +415,14 @@ def _shape(
             per_product = _queries_per_product(product, queries, heads, top_k)
             groups = 1 if fewer_groups else _groups(product, queries, heads * per_product, capacity)
             rings = _rings(product, queries == per_product and heads * per_product <= 64)
+            holds_list = groups > 4 and queries == 1 and 0 < top_k <= _MOST_HELD_TOP_K and not (is_listed or is_short)
+            if holds_list:
+                capacity = _HELD_CANDIDATES
             if is_listed:
                 groups, rings = min(groups, _MOST_LISTED_GROUPS[heads > 64]), _LISTED_RINGS
             for halves, stages in (*rings, (1, 1)) if fewer_groups else rings:
-                shape = Shape(heads, queries, per_product, groups, capacity, stages, halves, max_top_k, is_listed)
+                sizes = heads, queries, per_product, groups, capacity, stages, halves, max_top_k
+                shape = Shape(*sizes, is_listed, holds_list)
                 fits = _shared_bytes(product, shape, schema) <= _shared_limit(arch)
                 if queries <= min(wanted, most) and fits:
                     return shape
@@ -477,6 +498,12 @@ def _capacity(top_k: int, queries: int, is_long: bool) -> int:
     if queries <= _FEW_QUERIES:
         return alone
     return long if is_long else short
+
+
+def _capacities(top_k: int, queries: int) -> set[int]:
+    """All that lists of so many queries may have."""
+    held = {_HELD_CANDIDATES} if queries == 1 and top_k <= _MOST_HELD_TOP_K else set()
+    return held | {_capacity(top_k, queries, is_long) for is_long in (False, True)}
 
 
 def _blocks(queries: int, capacity: int, top_k: int, multiprocessors: int) -> int:
@@ -591,7 +618,8 @@ class _Call:
         view, is_listed = self.view, self.candidates is not None
         wanted = 1 if is_listed else self._queries_per_seq()
         index = view.device.index
-        return _plan(view.schema, self.query_format, self.num_heads, wanted, top_k, engine, index, is_listed)
+        is_short = self.num_tokens * view.max_entries <= _multiprocessors(index) * _UNCUT_ENTRIES
+        return _plan(view.schema, self.query_format, self.num_heads, wanted, top_k, engine, index, is_listed, is_short)
 
     def most_tiles(self, max_entries: int) -> int:
         """Tiles of entries that the call can have, by its shapes."""

@@ -2,7 +2,7 @@
 //
 // A tile is kHalves times 64 entries, for one warpgroup: of each half a warp takes sixteen, a lane its share of two
 // (keys.cuh). Both feeds keep several tiles under way in shared memory and offer the same:
-//     prepare(rings, thread, watchers)     called by all threads first; watchers: warps beside the producers that go along
+//     make_barriers(rings, watchers)     called by one thread first; watchers: warps beside the producers that go along
 //                            from part to part (`next_part`)
 //     await_copied, announce_part, announce_loaded(rings)     around the writing of a part, and behind its queries
 //     begin(part, rings)     called by all that score, once the part is known
@@ -95,7 +95,7 @@ struct LaneFeed {
       : pages(pages), lists(rows.lists), sequence(pages, {}), walk(0, 1) {}
 
   __device__ static __forceinline__ void take_registers() {}
-  __device__ static __forceinline__ void prepare(uint8_t*, uint32_t, int) {}
+  __device__ static __forceinline__ void make_barriers(uint8_t*, int) {}
   __device__ static __forceinline__ void await_copied(uint8_t*) {}
   __device__ static __forceinline__ void announce_part(uint8_t*) {}
   __device__ static __forceinline__ void announce_loaded(uint8_t*) {}
@@ -234,7 +234,7 @@ struct BulkFeed {
   static constexpr int kProducerThreads = kGroups <= 4 ? 128 : 256;  // registers change hands by warpgroups
   // Registers of a thread come in eights; together no more than the block was launched with, or it waits for ever.
   static constexpr int kThreads = kGroups * 128 + kProducerThreads, kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = Block::kEntries % 64 == 0 ? 32 : 40;  // more to reckon
+  static constexpr int kProducerRegisters = 32;
   static constexpr int kScorerRegisters =
       (kLaunchRegisters * kThreads - kProducerRegisters * kProducerThreads) / (kGroups * 128) / 8 * 8;
   static_assert(kScorerRegisters <= 256, "setmaxnreg gives no more");
@@ -242,7 +242,8 @@ struct BulkFeed {
   // A tile comes in runs whose data rows lie side by side in a page, and so do their scale rows; both, if a page is one run.
   static constexpr int kRun = Block::kEntries % 64 == 0 ? 64 : Block::kEntries % 32 == 0 ? 32 : 16;
   static constexpr int kDataBytes = kRun * Block::kDataBytes, kScaleBytes = kRun * Block::kScaleBytes;
-  static constexpr int kRunBytes = kDataBytes + kScaleBytes, kSlotBytes = kTile / kRun * kRunBytes;
+  static constexpr int kCopies = kTile / kRun;  // of a tile, each by a lane
+  static constexpr int kRunBytes = kDataBytes + kScaleBytes, kSlotBytes = kCopies * kRunBytes;
   static constexpr bool kIsPage = Block::kEntries == kRun && Block::kScaleOffset == kDataBytes;
 
   struct Control {
@@ -265,8 +266,8 @@ struct BulkFeed {
   struct Share {
     uint32_t first, count;
     __device__ __forceinline__ Share(const Part& part, uint32_t group) {
-      const uint32_t all = part.end - part.begin;
-      first = (group + kGroups - part.number % kGroups) % kGroups;
+      const uint32_t all = part.end - part.begin, last = part.number % kGroups;
+      first = group + (group < last ? kGroups : 0) - last;
       count = first < all ? (all - first + kGroups - 1) / kGroups : 0;
     }
   };
@@ -281,21 +282,18 @@ struct BulkFeed {
   __device__ static __forceinline__ void give_registers() { release_registers<kProducerRegisters>(); }
   __device__ static __forceinline__ void take_registers() { acquire_registers<kScorerRegisters>(); }
 
-  // All threads, before anybody waits.
-  __device__ static __forceinline__ void prepare(uint8_t* rings, uint32_t thread, int watchers) {
-    if (thread == 0) {  // several warps take longer
-      const uint32_t control = shared_address(rings);
-      for (int i = 0; i < kSlots; ++i) {
-        mbarrier_init(control + 8 * i, 1);
-        mbarrier_init(control + 8 * (kSlots + i), 4);  // the warps of a warpgroup
-      }
-      mbarrier_init(control + kKnown, 1);
-      mbarrier_init(control + kLoaded, 4 * kGroups);
-      mbarrier_init(control + kCopied, kGroups + watchers);
-      store_shared(control + kParts, 0);
-      mbarrier_publish();
+  // Before all threads meet and anybody waits. (Several threads or warps take longer.)
+  __device__ static __forceinline__ void make_barriers(uint8_t* rings, int watchers) {
+    const uint32_t control = shared_address(rings);
+    for (int i = 0; i < kSlots; ++i) {
+      mbarrier_init(control + 8 * i, kCopies);
+      mbarrier_init(control + 8 * (kSlots + i), 4);  // the warps of a warpgroup
     }
-    __syncthreads();
+    mbarrier_init(control + kKnown, 1);
+    mbarrier_init(control + kLoaded, 4 * kGroups);
+    mbarrier_init(control + kCopied, kGroups + watchers);
+    store_shared(control + kParts, 0);
+    mbarrier_publish();
   }
 
   // One warp, around the writing of a part.
@@ -358,14 +356,17 @@ struct BulkFeed {
   // The copy engine writes behind ordinary accesses' back.
   __device__ static __forceinline__ void reclaim() { wgmma_publish(); }
 
-  // A warp beside those that score: wait for the next part, after `parts`; false if there is none. Then let it be overwritten.
+  // A warp beside those that score: wait for the next part, after `parts`; false if there is none. Then let it be overwritten,
+  // and find out whether it was the last: those that wait no more let the block end sooner.
   __device__ static __forceinline__ bool next_part(uint8_t* rings, const Part& part, uint32_t parts) {
     mbarrier_wait(shared_address(rings) + kKnown, parts & 1);
     return !part.is_none;
   }
-  __device__ static __forceinline__ void leave_part(uint8_t* rings) {
+  __device__ static __forceinline__ bool leave_part(uint8_t* rings, const Part& part) {
+    const bool is_final = part.is_final;
     __syncwarp();
     if (threadIdx.x % kWarpThreads == 0) mbarrier_arrive(shared_address(rings) + kCopied);
+    return is_final;
   }
 
   // The producer of warpgroup `group`.
@@ -378,7 +379,7 @@ struct BulkFeed {
     __device__ __forceinline__ void run(const Pages& pages, uint8_t* rings, const Part& part) {
       for (uint32_t parts = 0; next_part(rings, part, parts); ++parts) {
         produce(pages, rings, part);
-        leave_part(rings);
+        if (leave_part(rings, part)) return;
       }
     }
 
@@ -391,9 +392,10 @@ struct BulkFeed {
     }
 
     // A lane looks up and copies one run. Behind the first tile it waits until the part's queries are loaded: they would come
-    // last if they had to queue behind all keys that the slots of all blocks hold.
+    // last if they had to queue behind all keys that the slots of all blocks hold. And it has one tile under way at a time,
+    // which keeps memory busy: whatever else a block reads, such as instructions, would queue behind more.
     __device__ __forceinline__ void produce(const Pages& pages, uint8_t* rings, const Part& part) {
-      constexpr uint32_t kCopies = kTile / kRun, kTilesAtOnce = kWarpThreads / kCopies;
+      constexpr uint32_t kTilesAtOnce = kWarpThreads / kCopies;
       const uint32_t lane = threadIdx.x % kWarpThreads, run = lane % kCopies;
       const uint32_t control = shared_address(rings);
       const Sequence<Block> sequence(pages, part.group);
@@ -413,12 +415,13 @@ struct BulkFeed {
           const uint32_t slot = step % kStages * kGroups + group;
           const uint32_t full = control + 8 * slot, target = control + kControlBytes + slot * kSlotBytes;
           mbarrier_wait(full + 8 * kSlots, (step / kStages & 1) ^ 1);  // the first time round it counts as released
+          if (step > 0) {  // the last tile has arrived
+            const uint32_t last = step - 1;
+            mbarrier_wait(control + 8 * (last % kStages * kGroups + group), last / kStages & 1);
+          }
           if (lane / kCopies == i) {
-            if (run == 0) {
-              store_shared(control + 16 * kSlots + 4 * slot, tile);
-              mbarrier_expect(full, kSlotBytes);
-            }
-            if constexpr (kCopies > 1) __syncwarp(((1u << kCopies) - 1) << (i * kCopies));  // expected before it arrives
+            if (run == 0) store_shared(control + 16 * kSlots + 4 * slot, tile);
+            mbarrier_expect(full, kRunBytes);
             const uint32_t place = target + run * kRunBytes;
             copy_bulk(place, source + row * Block::kDataBytes, kIsPage ? kRunBytes : kDataBytes, full);
             if constexpr (!kIsPage && kScaleBytes > 0) {

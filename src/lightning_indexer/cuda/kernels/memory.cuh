@@ -24,6 +24,9 @@ struct Indices {
   const void* __restrict__ values;
   int32_t is_int64;
 
+  __device__ __forceinline__ const uint8_t* place(int64_t i) const {
+    return static_cast<const uint8_t*>(values) + i * (is_int64 ? 8 : 4);
+  }
   __device__ __forceinline__ int64_t operator[](int64_t i) const {
     return is_int64 ? static_cast<const int64_t*>(values)[i] : static_cast<const int32_t*>(values)[i];
   }

@@ -26,6 +26,7 @@ struct MergeShared {
   uint32_t lowest_bound, highest_bound, floor;  // ranks
   uint32_t count;
   Team<kMergeThreads>::Scratch team_scratch;
+  uint32_t order_bins[Order::kBins];
 };
 
 template <class Block, int kCapacity, bool kIsLone>
@@ -69,10 +70,11 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
   };
   for (bool rehearses = first_block < early_blocks && query == 0;; rehearses = false) {
     team.template fill<team.kBins>(shared.team_scratch.bins, 0u);
+    team.template fill<Order::kBins>(shared.order_bins, 0u);
     team.template fill<MergeShared<kCapacity>::kMaxTopK>(shared.ordered, kPadding);
     if (thread == 0) {
       shared.total = shared.top = shared.width = shared.highest_bound = shared.floor = shared.team_scratch.total = 0;
-      shared.lowest_bound = shared.bottom = shared.team_scratch.low = ~0u, shared.team_scratch.high = 0;
+      shared.lowest_bound = shared.bottom = ~0u;
     }
     __syncthreads();
     const int block = first_block + thread;  // which may have a part of the group
@@ -81,7 +83,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
     if (!rehearses) wait_for_last_kernel();
 
     // --- what lies in front -------------------------------------------------------------------------------------------
-    SplitGroup group = {0, 1, first_block, 0};
+    SplitGroup group = {0, first_block, 1, 0, kMergeThreads};
     PartList list = {kNoCandidate, kMergeThreads, true, 0};
     if (!rehearses) {
       if (block < all_blocks()) list = *list_place;
@@ -172,7 +174,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
       }
 #pragma unroll 1
       for (int i = thread; i < count; i += kMergeThreads) shared.keys[i] = shared.ordered[i];
-      if (thread == 0) team.scratch.total = team.scratch.high = 0, team.scratch.low = ~0u;
+      if (thread == 0) team.scratch.total = 0;
       __syncthreads();
       held = HeldKeys(team, shared.keys, count);
     }
@@ -189,10 +191,12 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
       const int32_t block = block_table[seq * table_row_stride + column * table_column_stride];
       return clamped_block(block, num_blocks) * Block::kEntries + first % Block::kEntries;
     };
-    const int count =
-        held.gather_to_emit(team, threshold, shared.ordered, [&](uint64_t key) { return results.sortable(key); });
+    // What they have in their upper words, by score or by entry, is known.
+    const Order order = by_score ? Order(~shared.top, ~rank_of_key(threshold)) : Order(0, group.entries);
+    const int count = held.gather_to_emit(team, threshold, shared.ordered, shared.order_bins, order,
+                                          [&](uint64_t key) { return results.sortable(key); });
     Chosen chosen(shared.ordered, count);
-    const int kept = chosen.emit_values(team, shared.keys, [&](int place, uint64_t value) {
+    const int kept = chosen.emit_values(team, shared.order_bins, order, shared.keys, [&](int place, uint64_t value) {
       if (!rehearses) results.write(row, place, value, slot_of);
     });
     if (!rehearses) return results.fill(team, row, kept);

@@ -156,6 +156,9 @@ __device__ __forceinline__ void pause(uint32_t nanoseconds) {
   asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds));
 }
 
+// Have a value computed here, not where it is first used.
+__device__ __forceinline__ void have_now(int64_t& value) { asm volatile("" : "+l"(value)); }
+
 // Between two looks at what another warp will write. (Nothing; the tests' host lets that warp run.)
 __device__ __forceinline__ void spin() {}
 

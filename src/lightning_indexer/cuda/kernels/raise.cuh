@@ -13,11 +13,11 @@ namespace lightning_indexer {
 // kWarps: that raise. kBarrier: theirs.
 template <int kWarps, int kBarrier>
 struct Raiser {
-  static constexpr int kThreads = kWarps * kWarpThreads, kBins = 256, kPerLane = kBins / kWarpThreads;
+  static constexpr int kThreads = kWarps * kWarpThreads, kBins = Ruler::kStretches;
   static constexpr int kAtOnce = 4;         // candidates that a thread reads at once
   static constexpr uint32_t kChunk = 128;   // that come between two looks, and beyond top_k before the first
   static constexpr uint32_t kSample = 256;  // of the first, whose range is divided
-  static_assert(kBins == Ruler::kStretches && kSample <= kAtOnce * kThreads, "a bin for each; one reading");
+  static_assert(kSample <= kAtOnce * kThreads, "one reading");
 
   // How the list is. cuts: beginnings and ends of cuts; odd while it is cut. is_over: the part has been scored.
   struct View {
@@ -40,7 +40,7 @@ struct Raiser {
   // The warps.
   //   next_part()     wait for a part; whether there is one
   //   is_short()      whether it has hardly as many entries as the list would need
-  //   leave_part()    it is not looked at any more
+  //   leave_part()    it is not looked at any more; whether it was the last
   //   list_end        where the next candidate goes
   // Where `rehearses`, they go through the motions first, which brings their code near: it takes longer to come from memory
   // than to run.
@@ -60,7 +60,7 @@ struct Raiser {
         if (!is_in_part && !next_part()) return;
         is_in_part = true;
         if (is_short()) {
-          leave_part();
+          if (leave_part()) return;
           is_in_part = false;
           continue;
         }
@@ -72,7 +72,7 @@ struct Raiser {
       }
       barrier_sync<kThreads>(kBarrier);
       if (view.is_over) {
-        leave_part();
+        if (leave_part()) return;
         is_in_part = false, known_cuts = counted = 0;
         continue;
       }
@@ -124,9 +124,8 @@ struct Raiser {
       counted = until;
       is_over = barrier_any<kThreads>(kBarrier, volatile_now().is_over);
       if (thread < kWarpThreads && can_count && !is_over) {
-        const int bin = bin_of_nth(rehearses ? 1 : top_k, thread);
-        // What lies below the range is counted with its lowest stretch.
-        if (thread == 0 && bin > ruler.stretch_of(low)) {
+        find_bin(bins, static_cast<int>(thread), 0, rehearses ? 1 : top_k, [&](int bin, uint32_t, uint32_t) {
+          if (bin <= ruler.stretch_of(low)) return;  // what lies below the range is counted with its lowest stretch
           const uint64_t raised = static_cast<uint64_t>(ruler.start_of(bin)) << 32;
           volatile uint64_t& current = *threshold;
           // A cut may begin, or the part end, behind this look: no harm. What made it valid stays in the list, either of the
@@ -135,7 +134,7 @@ struct Raiser {
             current = raised;
             *static_cast<volatile float*>(least_score) = score_threshold(raised);
           }
-        }
+        });
       }
       if (rehearses) rehearses = false, counted = 0;
     }
@@ -156,25 +155,6 @@ struct Raiser {
       spin();
     }
     return rank;
-  }
-
-  // The bin that holds the n-th largest of at least n keys.
-  __device__ __forceinline__ int bin_of_nth(uint32_t n, uint32_t lane) const {
-    const uint4* const mine = reinterpret_cast<const uint4*>(bins + (kWarpThreads - 1 - lane) * kPerLane);
-    const uint4 lower = mine[0], upper = mine[1];
-    const uint32_t counts[kPerLane] = {upper.w, upper.z, upper.y, upper.x, lower.w, lower.z, lower.y, lower.x};
-    uint32_t sum = 0;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) sum += counts[i];
-    uint32_t reached = sum_up_to(static_cast<int>(lane), sum);
-    const int finder = __ffs(static_cast<int>(__ballot_sync(kFullWarp, reached >= n))) - 1;
-    int bin = (kWarpThreads - static_cast<int>(lane)) * kPerLane;
-    reached -= sum;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (reached < n) reached += counts[i], --bin;
-    }
-    return __shfl_sync(kFullWarp, bin, max(finder, 0));
   }
 };
 

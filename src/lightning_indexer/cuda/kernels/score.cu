@@ -40,16 +40,17 @@ namespace lightning_indexer {
 //   kHalves    times 64 entries that a tile has
 //   kMaxTopK   the largest top_k it serves
 //   kIsListed  whether queries choose from listed blocks only
+//   kHoldsList whether a lone query's list is in shared memory, and its threshold raised by warps that are left over
 template <int kHeads_, int kQueries_, int kPerMma_, int kGroups_, int kCapacity_, int kTeams_, int kStages_, int kOffset_,
-          int kHalves_, int kMaxTopK_, bool kIsListed_ = false>
+          int kHalves_, int kMaxTopK_, bool kIsListed_ = false, bool kHoldsList_ = false>
 struct Shape {
   static constexpr int kHeads = kHeads_, kQueries = kQueries_, kPerMma = kPerMma_, kGroups = kGroups_;
   static constexpr int kCapacity = kCapacity_, kTeams = kTeams_, kStages = kStages_, kOffset = kOffset_;
   static constexpr int kThreads = kGroups * 128;
-  // Whether a lone query's list is in shared memory, and its threshold raised by warps that are left over: producers are
-  // launched as two warpgroups, eight warps, of which five feed.
-  static constexpr bool kHoldsList = kGroups > 4 && kQueries == 1 && kCapacity <= 4096;
+  static constexpr bool kHoldsList = kHoldsList_;
+  // Producers are launched as two warpgroups, eight warps, of which five feed.
   static constexpr int kRaisers = kHoldsList ? 8 - kGroups : 0;
+  static_assert(!kHoldsList || (kGroups > 4 && kQueries == 1 && !kIsListed_), "warps are left over, and one list is held");
   static_assert(!kHoldsList || kMaxTopK_ <= 1024, "lists of four parts are merged whole");
   static constexpr int kLoneTeam = kHoldsList ? kThreads : kGroups >= 4 ? 512 : kGroups >= 2 ? 256 : 128;
   static constexpr int kTeamThreads = kTeams == 1 ? kLoneTeam : kThreads / kTeams;
@@ -177,15 +178,36 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
       reinterpret_cast<uint4*>(shared.held.keys)[i] = {0, 0, 0, 0};
     }
   };
-  if constexpr (kHoldsList) {
-    if (thread == 0) {
-      shared.held.raiser.start_part();
-    } else if (thread >= kWarpThreads) {  // the first warp has more to prepare
-      clear_list(thread - kWarpThreads, kThreads + Feed::kProducerThreads - kWarpThreads);
+
+  // --- prepare: what takes one warp each, at the same time ----------------------------------------------------------------
+  const typename SharedData::Plan plan = {rows};
+  constexpr uint32_t kOtherWarps = 2 * kWarpThreads;  // from here on
+  if (thread < kWarpThreads) {
+    plan.find_range(shared.range);
+  } else if (thread < kOtherWarps) {
+    if (thread == kWarpThreads) {
+      Feed::make_barriers(rings, kHoldsList ? Shape::kRaisers : 0);
+      if constexpr (kHoldsList) shared.held.raiser.start_part();
     }
+  } else {
+    const uint32_t other = thread - kOtherWarps;
+    // Instructions of more warps than it takes would hold up the first.
+    constexpr uint32_t kBringing = Shape::kQueries == 1 ? kWarpThreads : kThreads - kOtherWarps;
+    if (other < kBringing) {
+      if (other == 0) shared.factor = static_cast<double>(query_global_scale) * global_scale * Keys::kUnit;
+      if (!kDense && other == 0) space.split_group(this_block()) = {0, 0, 0, 0, 0};
+      if (!kDense && other < Shape::kQueries) {  // the merge looks at more lists than it uses
+        space.first_list(this_block(), other) = space.later_list(this_block(), other) = {kNoCandidate, 0, false, 0};
+      }
+      // What this block will read if sequences are about equally long.
+      const int64_t row = static_cast<int64_t>(this_block()) * num_tokens / all_blocks();
+      if (other == 0 && seq_ids) prefetch_line(rows.seq_ids.place(row));
+      queries.prefetch<Keys::kDim>(row, Shape::kQueries, num_tokens, other, kBringing);
+    }
+    if constexpr (kHoldsList) clear_list(other, kThreads + Feed::kProducerThreads - kOtherWarps);
   }
-  Feed::prepare(rings, thread, kHoldsList ? Shape::kRaisers : 0);
   if constexpr (Feed::kProducerThreads > 0) {
+    __syncthreads();
     if (thread >= kThreads) {
       Feed::give_registers();
       typename Feed::Producer producer((thread - kThreads) / kWarpThreads);
@@ -199,7 +221,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
         shared.held.raiser.run(
             [&] { return Feed::next_part(rings, shared.part, parts++); },
             [&] { return (shared.part.end - shared.part.begin) * Shape::kTile < 2 * top_k; },
-            [&] { Feed::leave_part(rings); },
+            [&] { return Feed::leave_part(rings, shared.part); },
             shared.held.keys, shared.ends, top_k, shared.thresholds, shared.score_thresholds, rehearses);
       }
       return;
@@ -207,25 +229,11 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
   }
   Feed::take_registers();
   Feed feed(pages, rows);
-  const typename SharedData::Plan plan = {rows};
   // Where a list is collected, and the first of its places there.
   uint64_t* const collected = kHoldsList ? shared.held.keys : space.keys();
   const auto list_start = [&](uint32_t q, bool is_first) {
     return kHoldsList ? 0 : space.collected_at(this_block(), q, is_first);
   };
-  if (thread < kWarpThreads) {
-    plan.find_range(shared.range);
-  } else {
-    const uint32_t q = thread - kWarpThreads;
-    if (q == 0) shared.factor = static_cast<double>(query_global_scale) * global_scale * Keys::kUnit;
-    if (!kDense && q == 0) space.split_group(this_block()) = {0, 0, 0, 0};
-    if (!kDense && q < Shape::kQueries) {  // the merge looks at more lists than it uses
-      space.first_list(this_block(), q) = space.later_list(this_block(), q) = {kNoCandidate, 0, false, 0};
-    }
-    // What this block will read if sequences are about equally long.
-    const int64_t row = static_cast<int64_t>(this_block()) * num_tokens / all_blocks();
-    queries.prefetch<Keys::kDim>(row, Shape::kQueries, num_tokens, thread - kWarpThreads, kThreads - kWarpThreads);
-  }
 
   for (;; sync_scorers<kThreads>()) {  // nobody reads the last part any more, nor what lies over its operands
     if (thread < kWarpThreads) {
@@ -367,6 +375,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
 
     if constexpr (kDense) {
       while (feed.has_tile()) score_tile();
+      if (part.is_final) break;
       continue;
     }
 
@@ -498,22 +507,15 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
       }
       team.sync();
     }
-    const bool is_done = shared.range.start >= shared.range.end;  // there is no further part
-    if (!is_done) {
-      if (kIsRoomy) Feed::reclaim();
-      if (kHoldsList) clear_list(self, kThreads);
-    }
     if (is_split && part.is_first && self == 0) {
-      space.split_group(this_block()) = {part.group.row, static_cast<int32_t>(size), part.last_block, shared.front.most};
+      const int entries = Shape::kIsListed ? rows.lists.visible(part.group.longest) * rows.lists.block_entries()
+                                           : part.group.longest;
+      space.split_group(this_block()) = {part.group.row, part.last_block, static_cast<int32_t>(size), shared.front.most,
+                                         entries};
     }
-    if (is_done) {  // announced here, instead of by planning once more
-      if (self < kWarpThreads) {
-        Feed::await_copied(rings);
-        shared.part.is_none = true;
-        Feed::announce_part(rings);
-      }
-      break;
-    }
+    if (part.is_final) break;
+    if (kIsRoomy) Feed::reclaim();
+    if (kHoldsList) clear_list(self, kThreads);
   }
 }
 

@@ -70,6 +70,19 @@ struct Ruler {
   }
 };
 
+// Bins that spread values by their upper words, from `low` to `high`.
+struct Order {
+  static constexpr int kBins = 512;
+  uint32_t low, shift;
+
+  __device__ __forceinline__ Order(uint32_t low, uint32_t high) : low(low) {
+    const uint32_t width = 32 - __clz(static_cast<int>(high - low));
+    static_assert(kBins == 1 << 9, "bins for the upper nine bits");
+    shift = width > 9 ? width - 9 : 0;
+  }
+  __device__ __forceinline__ uint32_t bin_of(uint64_t value) const { return (static_cast<uint32_t>(value >> 32) - low) >> shift; }
+};
+
 // --- teams ----------------------------------------------------------------------------------------------------------
 
 // Threads of a block that work on one query: kThreads consecutive ones, with a barrier and some shared memory of their
@@ -79,10 +92,10 @@ struct Team {
   static constexpr int kWarps = kThreads / kWarpThreads;
   static_assert(kThreads % kWarpThreads == 0 && kWarps <= 32, "whole warps, one lane for each");
 
-  static constexpr int kBins = 256, kOrderBins = 2 * kBins;
+  static constexpr int kBins = Ruler::kStretches;
 
   struct Scratch {
-    alignas(16) uint32_t bins[kOrderBins];
+    alignas(16) uint32_t bins[Order::kBins];  // two times kBins, or for order
     struct {
       int32_t bin;  // that holds the wanted key; -1: it lies below all bins
       uint32_t beyond, reached;  // keys behind it, and with it
@@ -164,6 +177,30 @@ __device__ __forceinline__ uint32_t sum_up_to(int lane, uint32_t value) {
     if (lane >= distance) value += other;
   }
   return value;
+}
+
+// One warp: which of Ruler::kStretches bins of keys holds the `wanted`-th largest, if `above` keys lie beyond them all? One lane calls
+// found(bin, beyond, reached): the keys beyond that bin, and with it. bin -1: it lies below all.
+template <class Found>
+__device__ __forceinline__ void find_bin(
+    const uint32_t* bins, int lane, uint32_t above, uint32_t wanted, const Found& found) {
+  constexpr int kPerLane = Ruler::kStretches / kWarpThreads;  // lane l has bins of the l-th stretch from the top
+  const uint4* const mine = reinterpret_cast<const uint4*>(bins + (kWarpThreads - 1 - lane) * kPerLane);
+  const uint4 lower = mine[0], upper = mine[1];
+  const uint32_t counts[kPerLane] = {upper.w, upper.z, upper.y, upper.x, lower.w, lower.z, lower.y, lower.x};
+  uint32_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) sum += counts[i];
+  const uint32_t reach = above + sum_up_to(lane, sum);  // keys in this lane's bins and those above
+  const uint32_t lanes = __ballot_sync(kFullWarp, reach >= wanted);
+  if (lane != (lanes ? __ffs(static_cast<int>(lanes)) - 1 : kWarpThreads - 1)) return;
+  int bin = (kWarpThreads - lane) * kPerLane;
+  uint32_t beyond = 0, reached = reach - sum;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (reached < wanted) beyond = reached, reached += counts[i], --bin;
+  }
+  found(lanes ? bin : -1, beyond, reached);
 }
 
 // --- keys of a team -------------------------------------------------------------------------------------------------
@@ -265,8 +302,7 @@ struct Selection : Keys {
   template <bool kByRanks = false>
   __device__ __forceinline__ uint64_t threshold_from(
       const Members& team, uint32_t wanted, uint32_t slack, uint32_t bottom, uint32_t top) {
-    constexpr int kBins = Members::kBins, kPerLane = kBins / kWarpThreads;
-    static_assert(kBins == Ruler::kStretches, "a bin for each");
+    constexpr int kBins = Members::kBins;
     typename Members::Scratch& scratch = team.scratch;
     const int lane = team.rank % kWarpThreads;
     uint32_t low = ::max(bottom, 1u), high = top;  // of the lower words if the upper one is known, otherwise of the upper ones
@@ -291,24 +327,10 @@ struct Selection : Keys {
       uint32_t* const next = scratch.bins + (~round & 1) * kBins;
       if (team.rank >= kWarpThreads) {
         team.template fill<kBins, kWarpThreads>(next, 0u);
-      } else {  // One warp finds the bin. Lane l has bins of the l-th stretch from the top.
-        const uint4* mine = reinterpret_cast<const uint4*>(bins + (kWarpThreads - 1 - lane) * kPerLane);
-        const uint4 lower = mine[0], upper = mine[1];
-        const uint32_t counts[kPerLane] = {upper.w, upper.z, upper.y, upper.x, lower.w, lower.z, lower.y, lower.x};
-        uint32_t sum = 0;
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i) sum += counts[i];
-        const uint32_t reach = above + sum_up_to(lane, sum);  // keys in this lane's bins and those above
-        const uint32_t lanes = __ballot_sync(kFullWarp, reach >= wanted);
-        if (lane == (lanes ? __ffs(static_cast<int>(lanes)) - 1 : kWarpThreads - 1)) {
-          int bin = (kWarpThreads - lane) * kPerLane;
-          uint32_t beyond = 0, reached = reach - sum;
-#pragma unroll
-          for (int i = 0; i < kPerLane; ++i) {
-            if (reached < wanted) beyond = reached, reached += counts[i], --bin;
-          }
-          scratch.found = {lanes ? bin : -1, beyond, reached};
-        }
+      } else {
+        find_bin(bins, lane, above, wanted, [&](int bin, uint32_t beyond, uint32_t reached) {
+          scratch.found = {bin, beyond, reached};
+        });
       }
       team.sync();
       const auto [bin, beyond, reached] = scratch.found;
@@ -338,19 +360,15 @@ struct Selection : Keys {
     return static_cast<int>(team.scratch.total);
   }
 
-  // The same for `emit_values`, which wants values transform(key) in shared memory. The team's low and high are ~0 and 0.
+  // The same for `emit_values`, which wants values transform(key) in shared memory, counted in `bins`, which are 0.
   template <class Transform>
-  __device__ __forceinline__ int gather_to_emit(
-      const Members& team, uint64_t threshold, uint64_t* target, const Transform& transform) {
-    team.template fill<Members::kOrderBins>(team.scratch.bins, 0u);
-    uint32_t top = 0, bottom = ~0u;
+  __device__ __forceinline__ int gather_to_emit(const Members& team, uint64_t threshold, uint64_t* target, uint32_t* bins,
+                                                const Order& order, const Transform& transform) {
     gather_as(team, threshold, target, [&](uint64_t key) {
       const uint64_t value = transform(key);
-      top = ::max(top, upper_word(value)), bottom = ::min(bottom, upper_word(value));
+      atomicAdd(&bins[order.bin_of(value)], 1u);
       return value;
     });
-    top = __reduce_max_sync(kFullWarp, top), bottom = __reduce_min_sync(kFullWarp, bottom);
-    if (team.rank % kWarpThreads == 0) atomicMin(&team.scratch.low, bottom), atomicMax(&team.scratch.high, top);
     team.sync();
     return static_cast<int>(team.scratch.total);
   }
@@ -416,7 +434,7 @@ struct Selection : Keys {
   __device__ __forceinline__ int emit_in_order(
       const Members& team, uint64_t threshold, uint64_t* space, const Transform& transform, const Emit& emit) {
     typename Members::Scratch& scratch = team.scratch;
-    team.template fill<Members::kOrderBins>(scratch.bins, 0u);
+    team.template fill<Order::kBins>(scratch.bins, 0u);
     if (team.rank == 0) scratch.low = ~0u, scratch.high = 0;
     uint32_t top = 0, bottom = ~0u;
 #pragma unroll kUnrolled
@@ -430,30 +448,27 @@ struct Selection : Keys {
     team.sync();
     if (team.rank % kWarpThreads == 0) atomicMin(&scratch.low, bottom), atomicMax(&scratch.high, top);
     team.sync();
-    return emit_values(team, space, emit);
-  }
-
-  // Call emit(place, value) for values, place 0 for the smallest, and return how many there are. The team's low and high are
-  // the least and the largest of their upper words, its order bins 0. Padding is left out.
-  //
-  // They are spread over bins by their upper words and ranked within their bin; where they crowd in few bins they are sorted.
-  template <class Emit>
-  __device__ __forceinline__ int emit_values(const Members& team, uint64_t* space, const Emit& emit) {
-    constexpr int kBins = Members::kOrderBins, kPerLane = kBins / kWarpThreads, kAtOnce = 4;
-    constexpr uint32_t kCrowd = 32;
-    typename Members::Scratch& scratch = team.scratch;
-    uint32_t* const bins = scratch.bins;
-    const int lane = team.rank % kWarpThreads;
-    const uint32_t low = scratch.low, width = 32 - __clz(static_cast<int>(scratch.high - low));
-    const uint32_t shift = width > 9 ? width - 9 : 0;
-    static_assert(kBins == 1 << 9, "bins for the upper nine bits");
-    const auto bin_of = [&](uint64_t value) { return (upper_word(value) - low) >> shift; };
+    const Order order(scratch.low, scratch.high);
 #pragma unroll kUnrolled
     for (int i = 0; i < this->rounds(); ++i) {
       const uint64_t value = this->key(team, i);
-      if (value != kPadding) atomicAdd(&bins[bin_of(value)], 1u);
+      if (value != kPadding) atomicAdd(&scratch.bins[order.bin_of(value)], 1u);
     }
     team.sync();
+    return emit_values(team, scratch.bins, order, space, emit);
+  }
+
+  // Call emit(place, value) for values, place 0 for the smallest, and return how many there are. `bins` count them. Padding is
+  // left out.
+  //
+  // They are spread over bins by their upper words and ranked within their bin; where they crowd in few bins they are sorted.
+  template <class Emit>
+  __device__ __forceinline__ int emit_values(
+      const Members& team, uint32_t* bins, const Order& order, uint64_t* space, const Emit& emit) {
+    constexpr int kPerLane = Order::kBins / kWarpThreads, kAtOnce = 4;
+    constexpr uint32_t kCrowd = 32;
+    typename Members::Scratch& scratch = team.scratch;
+    const int lane = team.rank % kWarpThreads;
     if (team.rank < kWarpThreads) {  // counts to the places where bins begin
       uint4* const mine = reinterpret_cast<uint4*>(bins + lane * kPerLane);
       uint32_t sum = 0, most = 0;
@@ -478,7 +493,7 @@ struct Selection : Keys {
 #pragma unroll kUnrolled
     for (int i = 0; i < this->rounds(); ++i) {
       const uint64_t value = this->key(team, i);
-      if (value != kPadding) space[atomicAdd(&bins[bin_of(value)], 1u)] = value;  // which leaves where bins end
+      if (value != kPadding) space[atomicAdd(&bins[order.bin_of(value)], 1u)] = value;  // which leaves where bins end
     }
     team.sync();
     const int count = static_cast<int>(scratch.total);
@@ -489,7 +504,7 @@ struct Selection : Keys {
       const uint64_t value = space[i];
       int place = i;
       if (!is_sorted) {
-        const uint32_t bin = bin_of(value), end = bins[bin];
+        const uint32_t bin = order.bin_of(value), end = bins[bin];
         uint32_t begin = bin ? bins[bin - 1] : 0;
         place = static_cast<int>(begin);
 #pragma unroll 1

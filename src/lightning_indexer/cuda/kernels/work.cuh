@@ -70,14 +70,14 @@ struct Rows {
     return clamped_seq(seq_ids, row, num_seqs);
   }
   __device__ __forceinline__ int len(int row) const {
-    const int64_t length = valid_lens[row];
-    return static_cast<int>(length < 0 ? 0 : length < max_entries ? length : max_entries);
+    const int most = static_cast<int>(min(max_entries, static_cast<int64_t>(0x7FFFFFFF)));
+    return min(max(valid_lens[row], 0), most);
   }
 };
 
 template <int kTile>
 __device__ __forceinline__ int tiles_of(int entries) {  // at least one, so that some block writes the results
-  return entries <= kTile ? 1 : (entries + kTile - 1) / kTile;
+  return static_cast<int>(max((static_cast<uint32_t>(entries) + kTile - 1) / kTile, 1u));
 }
 
 // Queries `row` .. `row + size - 1`, all of sequence `seq`; `longest` of their lengths.
@@ -119,6 +119,7 @@ struct Part {
   int begin, end;
   bool is_first, is_last;  // of the group's parts
   bool is_none;            // there is no further part
+  bool is_final;           // there will be none behind this one
   int last_block, parts;   // the last block that has a part of the group, and how many have
   uint32_t number;         // tiles of the block's earlier parts
 };
@@ -139,58 +140,63 @@ struct Planner {
   const Rows& rows;
 
   // Find this block's range. One warp calls this and `next`; both take as long as their instructions, one after the other, so
-  // units have 32 bits where that is enough. The wide ways stand apart, so that what is seldom called need not be fetched.
+  // units have 32 bits where that is enough. Where it is not, `next` does all, apart, so that what is seldom called need not
+  // be fetched.
   __device__ __forceinline__ void find_range(Range& range) const {
     // No group has more units than twice the tiles of its queries.
-    const int64_t most_entries = rows.max_entries + (kIsListed ? rows.lists.block_entries() : 0);
-    const int64_t most_units = static_cast<int64_t>(2) * rows.count * (most_entries / kTile + 1);
+    const uint64_t most_entries = static_cast<uint64_t>(rows.max_entries) + (kIsListed ? rows.lists.block_entries() : 0);
+    const uint64_t most_units = 2 * static_cast<uint64_t>(rows.count) * (most_entries / kTile + 1);
     if (most_units >> 31 == 0) {
       find_range_in<uint32_t>(range);
     } else {
-      find_range_wide(rows, range);
+      if (threadIdx.x % kWarpThreads == 0) range.share = 0, range.is_wide = true;
+      __syncwarp();
     }
   }
 
   // The next part of this block.
   __device__ __forceinline__ void next(Range& range, Part& part) const {
-    if (!range.is_wide) {
-      next_in<uint32_t>(range, part);
+    const Range now = range;  // read at once
+    if (!now.is_wide) {
+      next_in<uint32_t>(now, range, part);
     } else {
       next_wide(rows, range, part);
     }
   }
 
  private:
-  __device__ __noinline__ static void find_range_wide(Rows rows, Range& range) {
-    Planner{rows}.template find_range_in<int64_t>(range);
-  }
   __device__ __noinline__ static void next_wide(Rows rows, Range& range, Part& part) {
-    Planner{rows}.template next_in<int64_t>(range, part);
+    const Planner planner = {rows};
+    if (range.share == 0) planner.template find_range_in<int64_t>(range);
+    const Range now = range;
+    planner.template next_in<int64_t>(now, range, part);
   }
 
+  // now: `range` as it is.
   template <class Units>
-  __device__ __forceinline__ void next_in(Range& range, Part& part) const {
+  __device__ __forceinline__ void next_in(const Range& now, Range& range, Part& part) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
-    const Units begin = static_cast<Units>(range.begin), end = static_cast<Units>(range.end);
-    const Units start = static_cast<Units>(range.start);
+    const Units begin = static_cast<Units>(now.begin), end = static_cast<Units>(now.end);
+    const Units start = static_cast<Units>(now.start);
     if (start >= end) {
       if (lane == 0) part.is_none = true;
       return;
     }
-    const Group group = group_at(range.row, lane);
+    Group group = group_at(now.row, lane);
+    have_now(group.seq);  // under way with the length, not behind the division
     const Units each = unit(group.size), stop = start + static_cast<Units>(cost(group));
     // Four quotients at once, one per lane: where the part begins and ends, the first and the last block of the group.
     const Units from = begin > start ? begin - start + each - 1 : 0;
     const Units to = (end < stop ? end : stop) - start + each - 1;
     const Units dividend = lane == 0 ? from : lane == 1 ? to : lane == 2 ? start : stop - 1;
-    const int quotient = static_cast<int>(dividend / (lane < 2 ? each : static_cast<Units>(range.share)));
+    const int quotient = static_cast<int>(dividend / (lane < 2 ? each : static_cast<Units>(now.share)));
     const int part_end = __shfl_sync(kFullWarp, quotient, 1);
     const int first_block = __shfl_sync(kFullWarp, quotient, 2), last_block = __shfl_sync(kFullWarp, quotient, 3);
     if (lane != 0) return;
-    part = {group, quotient, part_end, begin <= start, stop <= end, /*is_none=*/false,
-            last_block, last_block - first_block + 1, range.number};
-    range.number += part_end - quotient;
-    range.row += group.size;
+    part = {group, quotient, part_end, begin <= start, stop <= end, /*is_none=*/false, /*is_final=*/stop >= end,
+            last_block, last_block - first_block + 1, now.number};
+    range.number = now.number + (part_end - quotient);
+    range.row = now.row + group.size;
     range.start = stop;
   }
 
@@ -210,7 +216,7 @@ struct Planner {
   template <class Units>
   __device__ __forceinline__ void find_range_in(Range& range) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
-    const int each = (rows.count + kWarpThreads - 1) / kWarpThreads;
+    const int each = static_cast<int>((static_cast<uint32_t>(rows.count) + kWarpThreads - 1) / kWarpThreads);
     const int from = min(lane * each, rows.count), to = min(from + each, rows.count);
 
     int run = -1;  // where the run of equal seq_ids that row `from` continues began
@@ -218,7 +224,7 @@ struct Planner {
       for (int i = from; i < to; ++i) {
         if (i == 0 || rows.seq(i) != rows.seq(i - 1)) run = i;
       }
-      run = exclusive_scan(run, lane, [](int a, int b) { return a > b ? a : b; }, -1);
+      run = greatest_before(run, lane);
     }
     Units mine = 0;
     uint32_t largest = 0, groups = 0;
@@ -226,22 +232,38 @@ struct Planner {
       const Units more = static_cast<Units>(cost(one_group(i)));
       mine += more, largest = max(largest, static_cast<uint32_t>(more)), ++groups;
     });
-    const Units before = exclusive_scan(mine, lane, [](Units a, Units b) { return a + b; }, Units{0});
-    const Units total = __shfl_sync(kFullWarp, before + mine, kWarpThreads - 1);
+    Units reach = mine;  // of this lane's groups and those before
+#pragma unroll
+    for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+      const Units other = __shfl_up_sync(kFullWarp, reach, distance);
+      if (lane >= distance) reach += other;
+    }
+    const Units before = reach - mine, total = __shfl_sync(kFullWarp, reach, kWarpThreads - 1);
     largest = __reduce_max_sync(kFullWarp, largest);
     groups = kQueries == 1 ? rows.count : __reduce_add_sync(kFullWarp, groups);
-    const Units share = fair_share<Units>(total, largest, groups);
-    const int64_t begin = static_cast<int64_t>(this_block()) * share;
-    const int64_t end = begin + share < total ? begin + share : total;
+    const Units share = fair_share<Units>(total, largest, groups, lane);
+    const uint64_t skipped = static_cast<uint64_t>(this_block()) * static_cast<uint64_t>(share);
+    const Units begin = skipped < static_cast<uint64_t>(total) ? static_cast<Units>(skipped) : total;
+    const Units end = begin + min(share, total - begin);
     if (lane == 0) range = {share, begin, end, end, 0, 0, sizeof(Units) > 4};  // nothing to do, unless a group is found
     __syncwarp();
-    if (begin >= before && begin < before + mine) {
+    if (begin >= before && begin < reach) {
       Units at = before;
-      walk(from, to, run, [&](int i) {
-        const Units next = at + static_cast<Units>(cost(one_group(i)));
-        if (begin >= at && begin < next) range.start = at, range.row = i;
-        at = next;
-      });
+      int row = from;
+      if constexpr (kQueries == 1) {
+        for (; row + 1 < to; ++row) {  // a lane has one row, mostly
+          const Units next = at + static_cast<Units>(cost(one_group(row)));
+          if (begin < next) break;
+          at = next;
+        }
+        range.start = at, range.row = row;
+      } else {
+        walk(from, to, run, [&](int i) {
+          const Units next = at + static_cast<Units>(cost(one_group(i)));
+          if (begin >= at && begin < next) range.start = at, range.row = i;
+          at = next;
+        });
+      }
     }
     __syncwarp();
   }
@@ -250,16 +272,19 @@ struct Planner {
   // blocks, each is cut into as many equal parts as there are blocks for it, or stays whole if that is no later: a cut
   // costs as much as kCutTiles (measured: merging, and a second start, on an H100).
   template <class Units>
-  __device__ __forceinline__ static Units fair_share(Units total, Units largest, Units groups) {
+  __device__ __forceinline__ static Units fair_share(Units total, Units largest, Units groups, int lane) {
     constexpr Units kCutTiles = 36 * 64 / kTile;
     const Units blocks = all_blocks(), least = kMinTiles * unit(kQueries);
-    Units share = (total + blocks - 1) / blocks;
+    // Two quotients at once: an equal part, and the blocks that there are for a group.
+    const Units quotient = (lane == 0 ? total + blocks - 1 : blocks) / (lane == 0 ? blocks : groups);
+    Units share = __shfl_sync(kFullWarp, quotient, 0);
+    const Units each = __shfl_sync(kFullWarp, quotient, 1);
     if (groups <= blocks) {
-      const Units each = blocks / groups, cut = (largest + each - 1) / each;
       if (largest <= share + kCutTiles * unit(kQueries)) {
         share = largest;
-      } else if (cut >= share && cut <= share + share / 8) {
-        share = cut;
+      } else {
+        const Units cut = (largest + each - 1) / each;
+        if (cut >= share && cut <= share + share / 8) share = cut;
       }
     }
     return share < least ? least : share;
@@ -294,17 +319,15 @@ struct Planner {
     return group;
   }
 
-  template <class Value, class Combine>
-  __device__ __forceinline__ static Value exclusive_scan(
-      Value value, int lane, const Combine& combine, Value neutral) {
-    Value inclusive = value;
+  // The greatest value of the lanes before this one, -1 if there is none.
+  __device__ __forceinline__ static int greatest_before(int value, int lane) {
 #pragma unroll
     for (int distance = 1; distance < kWarpThreads; distance *= 2) {
-      const Value other = __shfl_up_sync(kFullWarp, inclusive, distance);
-      if (lane >= distance) inclusive = combine(inclusive, other);
+      const int other = __shfl_up_sync(kFullWarp, value, distance);
+      if (lane >= distance) value = max(value, other);
     }
-    const Value before = __shfl_up_sync(kFullWarp, inclusive, 1);
-    return lane == 0 ? neutral : before;
+    const int before = __shfl_up_sync(kFullWarp, value, 1);
+    return lane == 0 ? -1 : before;
   }
 };
 
@@ -337,8 +360,9 @@ struct Front {
 // `capacity` keys, where the first part of a split group stays; as many for a later part, of top_k keys where there are
 // several; a lone query's fronts; what is in them, and what to merge. cuda/score_topk.py computes the size.
 struct SplitGroup {
-  int32_t row, size, last_block;  // size 0: no group's first part ended here unfinished
-  int32_t front;                  // `Front::most`
+  int32_t row, last_block;
+  int32_t size : 8, front : 24;  // size 0: no group's first part ended here unfinished. `Front::most`
+  int32_t entries;               // more than any of its candidates has, or places (`Lists`)
 };
 
 // A part's best, at least the top k: `count` keys, those from `bound` on in front. Places in front that are left over hold
