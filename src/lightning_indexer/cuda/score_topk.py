@@ -484,6 +484,7 @@ def _has_fp8_mma_sync(arch: str) -> bool:
     return number == 89 or number >= 120
 
 
+@functools.cache
 def _multiprocessors(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
