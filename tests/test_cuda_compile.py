@@ -152,7 +152,7 @@ class Scorer:
         wanted: queries per block that would suit the call.
         top_k: 0 for dense scores.
         is_listed: the call has candidates.
-        is_short: no list will run full.
+        is_short: hardly any list will run full.
     """
 
     arch: str
@@ -363,6 +363,13 @@ def test_the_workspace_holds_every_launch(multiprocessors: int, monkeypatch: pyt
 
 
 # --- errors ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("cuda_wheels")
+@pytest.mark.parametrize("format", ["bf16", "fp32"])
+def test_the_largest_entries_can_be_appended(format: str) -> None:
+    widest = CacheSchema(format, 2, head_dim=append.MAX_DIM)
+    assert compiler.compile_kernel(append.specialisation(widest, torch.bfloat16, "nearest_even", "sm_80")).code
 
 
 @pytest.mark.usefixtures("cuda_wheels")

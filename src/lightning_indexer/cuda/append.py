@@ -112,4 +112,4 @@ def _kernel(
 
 
 def _entries_per_cta(schema: CacheSchema) -> int:
-    return _THREADS // lanes(schema.format, schema.dim)
+    return max(_THREADS // lanes(schema.format, schema.dim), 1)

@@ -111,7 +111,7 @@ _MAX_BLOCKS = 256  # kMaxParts there
 # workspace. Long ones run full less. `Front` in kernels/work.cuh knows what a merge holds, too.
 _LISTS = ((512, 2048, 2048, 4096, 4096, 16), (2048, 4096, 5632, 8192, 8192, 8), (4096, 8192, 8192, 8192, 7168, 4))
 # Of a lone query's list in shared memory, and the largest top_k that has one. Where parts are no longer than
-# `_UNCUT_ENTRIES` (of 4,096, with room for what is under way) lists in the workspace never run full, which is quicker.
+# `_UNCUT_ENTRIES` (of 4,096, with room for what is under way) lists in the workspace hardly run full, which is quicker.
 _HELD_CANDIDATES, _MOST_HELD_TOP_K, _UNCUT_ENTRIES = 4736, 512, 3456
 _MOST_CANDIDATES = 5632  # that the registers of four warpgroups leave room for where a product has more than 64 columns
 _WANTED, _MOST_WANTED = (1, 1, 2, 4, 4), 16  # queries per block that suit so many queries of a sequence
@@ -354,7 +354,7 @@ def _plan(
         wanted: queries per block that would suit the call.
         top_k: 0 for dense scores.
         is_listed: see `Lists` in work.cuh.
-        is_short: no list will run full.
+        is_short: hardly any list will run full, by an average over all blocks.
     """
     arch = device_arch(device_index)
     heads = next(padded for padded in _PADDED_HEADS if padded >= num_heads)
