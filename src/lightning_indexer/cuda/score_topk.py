@@ -110,16 +110,18 @@ _MAX_BLOCKS = 256  # kMaxParts there
 # that a merge holds, most queries per block): lists are at least twice top_k, and those of all blocks fit the
 # workspace. Long ones run full less. `Front` in kernels/work.cuh knows what a merge holds, too.
 _LISTS = ((512, 2048, 2048, 4096, 4096, 16), (2048, 4096, 5632, 8192, 8192, 8), (4096, 8192, 8192, 8192, 7168, 4))
-# Of a lone query's list in shared memory, and the largest top_k that has one. Where parts are no longer than
-# `_UNCUT_ENTRIES` (of 4,096, with room for what is under way) lists in the workspace hardly run full, which is quicker.
-_HELD_CANDIDATES, _MOST_HELD_TOP_K, _UNCUT_ENTRIES = 4736, 512, 3456
+# A lone query of at most `_MOST_HELD_TOP_K` may have its list in shared memory: a part of 4,096 entries fits, and what
+# five warpgroups have under way. Lists in the workspace are quicker where parts have no more than `_UNCUT_ENTRIES`, as
+# they hardly run full then.
+_MOST_HELD_TOP_K, _UNDER_WAY = 512, 5 * 128
+_HELD_CANDIDATES, _UNCUT_ENTRIES = 4096 + _UNDER_WAY, _LISTS[0][3] - _UNDER_WAY
 _MOST_CANDIDATES = 5632  # that the registers of four warpgroups leave room for where a product has more than 64 columns
 _WANTED, _MOST_WANTED = (1, 1, 2, 4, 4), 16  # queries per block that suit so many queries of a sequence
 _FEW_QUERIES = 1  # `Workspace` of kernels/work.cuh has the same
 
 _RUN_ENTRIES = 8  # `Lists` of kernels/work.cuh has the same
 _MOST_LISTED_GROUPS = (4, 3)  # warpgroups, up to 64 heads and beyond: what their registers leave room for
-_LISTED_RINGS = ((1, 4), (1, 2))  # halves of a tile, which a list has one of, and tiles under way
+_LISTED_RINGS = ((1, 4), (1, 2))  # halves of a tile, which a list has one of, and tiles that there is room for
 
 
 @dataclass(frozen=True)
@@ -405,7 +407,7 @@ def _shape(
     is_listed: bool = False,
     is_short: bool = False,
 ) -> Shape:
-    """The most queries per block up to `wanted`, then the most tiles under way, that fit shared memory."""
+    """The most queries per block up to `wanted`, then the most tiles, that fit shared memory."""
     max_top_k, *_, most = _lists(top_k)
     # On Hopper's 132 multiprocessors the workspace has room, and so have the registers, unless they hold fp8 keys.
     is_long = product.is_wgmma and (product.has_fp4_keys or product.element == "BF16")
@@ -415,7 +417,7 @@ def _shape(
             per_product = _queries_per_product(product, queries, heads, top_k)
             groups = 1 if fewer_groups else _groups(product, queries, heads * per_product, capacity)
             rings = _rings(product, queries == per_product and heads * per_product <= 64)
-            holds_list = groups > 4 and queries == 1 and 0 < top_k <= _MOST_HELD_TOP_K and not (is_listed or is_short)
+            holds_list = groups > 4 and _may_hold_list(top_k, queries) and not (is_listed or is_short)
             if holds_list:
                 capacity = _HELD_CANDIDATES
             if is_listed:
@@ -430,7 +432,7 @@ def _shape(
 
 
 def _rings(product: Product, is_one_narrow_product: bool) -> tuple[tuple[int, int], ...]:
-    """Halves of a tile and tiles under way, from the most wanted to the least.
+    """Halves of a tile and tiles that a warpgroup has room for, from the most wanted to the least.
 
     Two halves share the work around their products, which counts where FP4 keys leave memory waiting. wgmma takes them
     one after the other: where keys stay for several products, registers hold those of one half only.
@@ -501,9 +503,13 @@ def _capacity(top_k: int, queries: int, is_long: bool) -> int:
     return long if is_long else short
 
 
+def _may_hold_list(top_k: int, queries: int) -> bool:
+    return queries <= _FEW_QUERIES and 0 < top_k <= _MOST_HELD_TOP_K
+
+
 def _capacities(top_k: int, queries: int) -> set[int]:
     """All that lists of so many queries may have."""
-    held = {_HELD_CANDIDATES} if queries == 1 and top_k <= _MOST_HELD_TOP_K else set()
+    held = {_HELD_CANDIDATES} if _may_hold_list(top_k, queries) else set()
     return held | {_capacity(top_k, queries, is_long) for is_long in (False, True)}
 
 

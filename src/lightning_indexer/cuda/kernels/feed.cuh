@@ -1,7 +1,7 @@
 // How keys get from their pages into the registers of the warps that score them.
 //
 // A tile is kHalves times 64 entries, for one warpgroup: of each half a warp takes sixteen, a lane its share of two
-// (keys.cuh). Both feeds keep several tiles under way in shared memory and offer the same:
+// (keys.cuh). Both feeds have room for several tiles in shared memory and offer the same:
 //     make_barriers(rings, watchers)     called by one thread first; watchers: warps beside the producers that go along
 //                            from part to part (`next_part`)
 //     await_copied, announce_part, announce_loaded(rings)     around the writing of a part, and behind its queries
@@ -225,8 +225,8 @@ struct LaneFeed {
 // For each warpgroup, a warp of its own has whole tiles copied, as they lie in their pages, into the warpgroup's slots. The
 // tiles of a block are numbered throughout: tile t goes to slot t % kSlots, to warpgroup t % kGroups, by producer
 // t % kGroups. (A producer for several would wait for one that has met its block to cut lists back, while the block waits
-// for another that gets no tiles. And one warp needs about 600 cycles for a tile, twice what memory does.) Producers need
-// few registers and give the others what they have too many.
+// for another that gets no tiles. And a warp waits for a tile to arrive before it asks for the next.) Producers need few
+// registers and give the others what they have too many.
 template <class Keys, class Block, int kGroups, int kStages, int kHalves>
 struct BulkFeed {
   static constexpr bool kIsListed = false;

@@ -26,7 +26,7 @@ struct MergeShared {
   uint32_t lowest_bound, highest_bound, floor;  // ranks
   uint32_t count;
   Team<kMergeThreads>::Scratch team_scratch;
-  uint32_t order_bins[Order::kBins];
+  alignas(16) uint32_t order_bins[Order::kBins];
 };
 
 template <class Block, int kCapacity, bool kIsLone>
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
       const int32_t block = block_table[seq * table_row_stride + column * table_column_stride];
       return clamped_block(block, num_blocks) * Block::kEntries + first % Block::kEntries;
     };
-    // What they have in their upper words, by score or by entry, is known.
+    // The range of their upper words, by score or by entry, is known.
     const Order order = by_score ? Order(~shared.top, ~rank_of_key(threshold)) : Order(0, group.entries);
     const int count = held.gather_to_emit(team, threshold, shared.ordered, shared.order_bins, order,
                                           [&](uint64_t key) { return results.sortable(key); });

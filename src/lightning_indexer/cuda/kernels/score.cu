@@ -35,7 +35,7 @@ namespace lightning_indexer {
 //   kGroups    warpgroups                    kCapacity  candidates in a query's list
 //   kTeams     queries cut back at the same time, each by an equal part of the threads; one at a time is left to kLoneTeam
 //              threads, since more would wait longer for one another than they save, but where its list is in shared memory
-//   kStages    tiles that a warpgroup has under way
+//   kStages    tiles that a warpgroup has room for
 //   kOffset    where the operands begin in shared memory, after `Shared`
 //   kHalves    times 64 entries that a tile has
 //   kMaxTopK   the largest top_k it serves
@@ -179,20 +179,20 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
     }
   };
 
-  // --- prepare: what takes one warp each, at the same time ----------------------------------------------------------------
+  // --- prepare: a warp plans, one makes barriers, and the others bring what will be read ------------------------------------
   const typename SharedData::Plan plan = {rows};
-  constexpr uint32_t kOtherWarps = 2 * kWarpThreads;  // from here on
+  constexpr uint32_t kFirstOther = 2 * kWarpThreads;  // thread
   if (thread < kWarpThreads) {
     plan.find_range(shared.range);
-  } else if (thread < kOtherWarps) {
+  } else if (thread < kFirstOther) {
     if (thread == kWarpThreads) {
       Feed::make_barriers(rings, kHoldsList ? Shape::kRaisers : 0);
       if constexpr (kHoldsList) shared.held.raiser.start_part();
     }
   } else {
-    const uint32_t other = thread - kOtherWarps;
+    const uint32_t other = thread - kFirstOther;
     // Instructions of more warps than it takes would hold up the first.
-    constexpr uint32_t kBringing = Shape::kQueries == 1 ? kWarpThreads : kThreads - kOtherWarps;
+    constexpr uint32_t kBringing = Shape::kQueries == 1 ? kWarpThreads : kThreads - kFirstOther;
     if (other < kBringing) {
       if (other == 0) shared.factor = static_cast<double>(query_global_scale) * global_scale * Keys::kUnit;
       if (!kDense && other == 0) space.split_group(this_block()) = {0, 0, 0, 0, 0};
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(Shape::kThreads + Feed::kProducerThreads, 1) s
       if (other == 0 && seq_ids) prefetch_line(rows.seq_ids.place(row));
       queries.prefetch<Keys::kDim>(row, Shape::kQueries, num_tokens, other, kBringing);
     }
-    if constexpr (kHoldsList) clear_list(other, kThreads + Feed::kProducerThreads - kOtherWarps);
+    if constexpr (kHoldsList) clear_list(other, kThreads + Feed::kProducerThreads - kFirstOther);
   }
   if constexpr (Feed::kProducerThreads > 0) {
     __syncthreads();

@@ -7,6 +7,7 @@
 #include "numeric.cuh"
 #include "ptx.cuh"
 #include "types.cuh"
+#include "warp.cuh"
 
 namespace lightning_indexer {
 
@@ -80,7 +81,9 @@ struct Order {
     static_assert(kBins == 1 << 9, "bins for the upper nine bits");
     shift = width > 9 ? width - 9 : 0;
   }
-  __device__ __forceinline__ uint32_t bin_of(uint64_t value) const { return (static_cast<uint32_t>(value >> 32) - low) >> shift; }
+  __device__ __forceinline__ uint32_t bin_of(uint64_t value) const {
+    return (static_cast<uint32_t>(value >> 32) - low) >> shift;
+  }
 };
 
 // --- teams ----------------------------------------------------------------------------------------------------------
@@ -93,6 +96,7 @@ struct Team {
   static_assert(kThreads % kWarpThreads == 0 && kWarps <= 32, "whole warps, one lane for each");
 
   static constexpr int kBins = Ruler::kStretches;
+  static_assert(Order::kBins >= 2 * kBins, "a search counts in two sets of bins, in turn");
 
   struct Scratch {
     alignas(16) uint32_t bins[Order::kBins];  // two times kBins, or for order
@@ -169,18 +173,8 @@ __device__ __forceinline__ void sort_ascending(const Team<kThreads>& team, uint6
 
 // --- over a warp ----------------------------------------------------------------------------------------------------
 
-// The sum of the values of the lanes up to this one.
-__device__ __forceinline__ uint32_t sum_up_to(int lane, uint32_t value) {
-#pragma unroll
-  for (int distance = 1; distance < kWarpThreads; distance *= 2) {
-    const uint32_t other = __shfl_up_sync(kFullWarp, value, distance);
-    if (lane >= distance) value += other;
-  }
-  return value;
-}
-
-// One warp: which of Ruler::kStretches bins of keys holds the `wanted`-th largest, if `above` keys lie beyond them all? One lane calls
-// found(bin, beyond, reached): the keys beyond that bin, and with it. bin -1: it lies below all.
+// One warp: which of Ruler::kStretches bins of keys holds the `wanted`-th largest, if `above` keys lie beyond them all? One
+// lane calls found(bin, beyond, reached): the keys beyond that bin, and with it. bin -1: it lies below all.
 template <class Found>
 __device__ __forceinline__ void find_bin(
     const uint32_t* bins, int lane, uint32_t above, uint32_t wanted, const Found& found) {

@@ -13,6 +13,7 @@
 #include "memory.cuh"
 #include "ptx.cuh"
 #include "types.cuh"
+#include "warp.cuh"
 
 namespace lightning_indexer {
 
@@ -224,7 +225,7 @@ struct Planner {
       for (int i = from; i < to; ++i) {
         if (i == 0 || rows.seq(i) != rows.seq(i - 1)) run = i;
       }
-      run = greatest_before(run, lane);
+      run = greatest_before(lane, run);
     }
     Units mine = 0;
     uint32_t largest = 0, groups = 0;
@@ -232,12 +233,7 @@ struct Planner {
       const Units more = static_cast<Units>(cost(one_group(i)));
       mine += more, largest = max(largest, static_cast<uint32_t>(more)), ++groups;
     });
-    Units reach = mine;  // of this lane's groups and those before
-#pragma unroll
-    for (int distance = 1; distance < kWarpThreads; distance *= 2) {
-      const Units other = __shfl_up_sync(kFullWarp, reach, distance);
-      if (lane >= distance) reach += other;
-    }
+    const Units reach = sum_up_to(lane, mine);  // of this lane's groups and those before
     const Units before = reach - mine, total = __shfl_sync(kFullWarp, reach, kWarpThreads - 1);
     largest = __reduce_max_sync(kFullWarp, largest);
     groups = kQueries == 1 ? rows.count : __reduce_add_sync(kFullWarp, groups);
@@ -318,17 +314,6 @@ struct Planner {
     }
     return group;
   }
-
-  // The greatest value of the lanes before this one, -1 if there is none.
-  __device__ __forceinline__ static int greatest_before(int value, int lane) {
-#pragma unroll
-    for (int distance = 1; distance < kWarpThreads; distance *= 2) {
-      const int other = __shfl_up_sync(kFullWarp, value, distance);
-      if (lane >= distance) value = max(value, other);
-    }
-    const int before = __shfl_up_sync(kFullWarp, value, 1);
-    return lane == 0 ? -1 : before;
-  }
 };
 
 // --- workspace ------------------------------------------------------------------------------------------------------
@@ -362,7 +347,7 @@ struct Front {
 struct SplitGroup {
   int32_t row, last_block;
   int32_t size : 8, front : 24;  // size 0: no group's first part ended here unfinished. `Front::most`
-  int32_t entries;               // more than any of its candidates has, or places (`Lists`)
+  int32_t entries;               // below which all its candidates' entries lie, or their places (`Lists`)
 };
 
 // A part's best, at least the top k: `count` keys, those from `bound` on in front. Places in front that are left over hold
