@@ -355,8 +355,9 @@ def test_the_workspace_holds_every_launch(multiprocessors: int, monkeypatch: pyt
     for top_k in TOP_K[1:]:
         workspace = score_topk.workspace_bytes.__wrapped__(top_k, 0)
         assert workspace <= 64 * 2**20, f"top_k {top_k}: {workspace} bytes"
-        for keys, wanted in itertools.product(score_topk.INDEX_FORMATS, (1, 2, 4, 16)):
-            shape = Scorer("sm_90a", keys, keys, wanted, top_k).shape
+        calls = [(wanted, {}) for wanted in (1, 2, 4, 16)] + [(1, {"is_listed": True}), (1, {"is_short": True})]
+        for keys, (wanted, kind) in itertools.product(score_topk.INDEX_FORMATS, calls):
+            shape = Scorer("sm_90a", keys, keys, wanted, top_k, **kind).shape
             blocks = score_topk._blocks(shape.queries, shape.capacity, top_k, multiprocessors)
             taken = score_topk._workspace_bytes(blocks, shape.queries, shape.capacity, top_k)
             assert 1 <= blocks <= multiprocessors and taken <= workspace, f"top_k {top_k}, {shape}: {taken} bytes"

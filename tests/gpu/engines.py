@@ -114,12 +114,22 @@ ENGINES = {
 }
 
 
+def shape_of(problem: Problem, top_k: int) -> cuda.Shape:
+    """Of the blocks that select in a call of "auto"."""
+    view = problem.cache.view
+    call = cuda._Call("test", problem.q, problem.weights, view, problem.valid_lens, problem.seq_ids)
+    return call.plan(top_k, "auto").shape
+
+
 def rows_in_long_parts(kind: str) -> Problem:
     """More entries for each multiprocessor than a lone query's list holds, in shared memory too (on Hopper).
 
-    They are equal queries of one adversarial row, as sequences that share their blocks.
+    They are equal queries of one adversarial row, as sequences that share their blocks. On the GPU.
     """
     length = 60_000
     num = torch.cuda.get_device_properties().multi_processor_count * 4_500 // length + 1
     one = problem_with_scores([adversarial_row(kind, length)], "mxfp4", rows=[0] * num)
-    return replace(one.take([0] * num), seq_ids=torch.arange(num, dtype=torch.int32))
+    problem = replace(one.take([0] * num), seq_ids=torch.arange(num, dtype=torch.int32)).to("cuda")
+    is_hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert shape_of(problem, 512).holds_list == is_hopper
+    return problem

@@ -3,7 +3,8 @@
 //
 // Each thread of a block is a fibre, which runs until it has to wait: for the other lanes of its warp, for a barrier, for a
 // copy. Which warp goes on is drawn at random, some sleep for long, and asynchronous copies land late, so that what is
-// only ordered by luck comes out wrong sooner or later. Where no fibre can go on, the block is at a deadlock, and says so.
+// only ordered by luck comes out wrong sooner or later. Where no fibre can go on, or there is no end to it, the block is at
+// a deadlock, and says so.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -78,6 +79,7 @@ alignas(1024) unsigned char dynamic_shared[kHostSharedBytes];
 namespace host_cuda {
 
 constexpr int kStackBytes = 1 << 17, kSharedStart = 1024;  // as on Hopper, not at 0
+constexpr unsigned kMostRounds = 1'000'000;  // of a block; it takes up to 50,000. Threads that poll hide a deadlock
 inline auto& shared = lightning_indexer::dynamic_shared;
 
 struct Fibre {
@@ -221,7 +223,7 @@ inline void run_block(unsigned threads) {
   copies.clear();
   std::vector<unsigned> order(warps.size());
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
-  for (unsigned left = threads, idle = 0; left;) {
+  for (unsigned left = threads, idle = 0, rounds = 0; left; ++rounds) {
     progress = false;
     land_copies();
     std::shuffle(order.begin(), order.end(), random);
@@ -241,8 +243,9 @@ inline void run_block(unsigned threads) {
     left = 0;
     for (unsigned i = 0; i < threads; ++i) left += !fibres[i].done;
     idle = progress ? 0 : idle + 1;
-    if (idle > 2) {
-      std::fprintf(stderr, "deadlock in block %u: %u of %u threads wait\n", blockIdx.x, left, threads);
+    if (idle > 2 || rounds > kMostRounds) {
+      const char* name = idle > 2 ? "deadlock" : "no end";
+      std::fprintf(stderr, "%s in block %u: %u of %u threads wait\n", name, blockIdx.x, left, threads);
       std::abort();
     }
   }

@@ -76,6 +76,7 @@ KV_LAYOUTS = [
     Layout("bf16", 512),
     Layout("bf16", 512, 7, 16),
     Layout("bf16", 24, 5),
+    Layout("bf16", 2048, 2),
     Layout("fp32", 512, 3),
 ]
 LAYOUTS = INDEX_LAYOUTS + KV_LAYOUTS

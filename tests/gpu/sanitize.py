@@ -129,7 +129,7 @@ def listed_case(engine: Engine, operands: dict, shape: str) -> None:
 
 def long_parts(engine: Engine) -> None:
     """Lists that run full, and thresholds that rise meanwhile."""
-    problem = rows_in_long_parts("sorted-up").to(DEVICE)
+    problem = rows_in_long_parts("sorted-up")
     engine.check(problem, 100, dense=engine.dense(problem))
 
 

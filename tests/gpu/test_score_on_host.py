@@ -27,6 +27,7 @@ from cases import (
     problem_with_scores,
     with_low_codes,
 )
+from engines import shape_of
 from on_host import COMPILER, HERE, OPTIONS, HostKernel, needs_compiler
 from torch import Tensor
 
@@ -82,7 +83,8 @@ class Case:
 
 # One query over a sequence that all blocks share; a long chunk in groups of sixteen, whose lists run full; drafts; rows
 # of several sequences, one of them empty; two bf16 terms; many parts; many sequences after one another in a block; the
-# portable engine in both arithmetics; a k of which the merge holds little more than two.
+# portable engine in both arithmetics; a k of which the merge holds little more than two; lists in the workspace that
+# run full in a short call.
 CASES = [
     Case("mxfp4", "mxfp4", "sm_90a", (12_000,)),
     Case("mxfp4", "fp8", "sm_90a", tuple(range(2400, 2420)), num_heads=16, blocks=2, top_k=300),
@@ -94,6 +96,7 @@ CASES = [
     Case("mxfp4", "mxfp4", "sm_90a", (700, 900, 640, 800) * 4, tuple(range(16)), blocks=2),
     Case("mxfp4", "mxfp4", "sm_89", (9000,), blocks=7),
     Case("mxfp4", "mxfp4", "sm_86", (14_000, 13_000), top_k=3000),
+    Case("mxfp4", "mxfp4", "sm_90a", (5000, 5000), (0, 1)),
 ]
 IN_E4M3, IN_BF16 = CASES[0], CASES[5]  # what mxfp4 keys are turned into
 # Lists of blocks: one long one that all blocks of threads share; drafts of two sequences; pages of 48 entries, whose
@@ -108,10 +111,11 @@ LISTED = [
     Case("mxfp4", "mxfp4", "sm_89", (9000, 8999), num_candidates=1100, blocks=7),
     Case("mxfp4", "mxfp4", "sm_90a", (17_000,), top_k=512, num_candidates=2048, blocks=1),
 ]
-# A query of each sequence; several of one, which share a block.
+# A query of each sequence; several of one, which share a block; the same, split among blocks.
 WIDE = [
-    dataclasses.replace(IN_E4M3, valid_lens=(50, 64, 0), seq_ids=(0, 1, 2)),
-    dataclasses.replace(IN_E4M3, valid_lens=(50, 64, 0), seq_ids=(0, 0, 0)),
+    dataclasses.replace(IN_E4M3, valid_lens=valid_lens, seq_ids=seq_ids)
+    for valid_lens in ((50, 64, 0), (9000, 64, 7000))
+    for seq_ids in ((0, 1, 2), (0, 0, 0))
 ]
 ADVERSARIAL = Case("bf16", "bf16", "sm_90a", (5000, 64, 1), (0, 1, 2), blocks=2)
 HELD = dataclasses.replace(IN_E4M3, valid_lens=(12_000, 64, 1), seq_ids=(0, 1, 2), blocks=2)  # lists in shared memory
@@ -330,6 +334,7 @@ def test_adversarial_rows_whose_threshold_is_raised_meanwhile(kind: str, imagine
     """What raises it meets lists that run full, too."""
     imagine(HELD)
     problem = problem_with_scores([adversarial_row(kind, n) for n in HELD.valid_lens], "mxfp4")
+    assert shape_of(problem, 500).holds_list
     dense = run_dense(problem)
     for top_k, order in ((1, "index"), (100, "score"), (500, "index")):
         check_topk(run_topk, problem, top_k, order=order, dense=dense)

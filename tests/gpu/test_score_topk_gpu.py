@@ -476,7 +476,7 @@ def test_adversarial_rows_of_70_000(engine: Engine, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["all-equal", "zero-plateau", "last-bit", "sorted-up", "nan", "all-negative"])
 def test_adversarial_rows_in_long_parts(engine: Engine, kind: str) -> None:
     """More entries for each multiprocessor than a lone query's list holds, in shared memory too (on Hopper)."""
-    problem = rows_in_long_parts(kind).to(DEVICE)
+    problem = rows_in_long_parts(kind)
     scores = engine.dense(problem)
     for top_k, order in ((1, "index"), (100, "score"), (512, "index")):
         engine.check(problem, top_k, order=order, dense=scores)

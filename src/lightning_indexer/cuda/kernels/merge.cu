@@ -14,6 +14,7 @@ namespace lightning_indexer {
 
 constexpr int kMergeThreads = 512;
 constexpr int kMaxParts = 256;  // score_topk.py starts no more blocks
+constexpr int kScratchBytes = 8448;  // beside the keys; score_topk.py has the same
 
 // kCapacity: Front::merge_room. kMaxTopK: the largest top_k with that room. kIsLone: whether groups are lone queries.
 template <int kCapacity>
@@ -28,6 +29,8 @@ struct MergeShared {
   Team<kMergeThreads>::Scratch team_scratch;
   alignas(16) uint32_t order_bins[Order::kBins];
 };
+template <int kCapacity>
+constexpr int kSharedBytes = 8 * (kCapacity + MergeShared<kCapacity>::kMaxTopK) + kScratchBytes;
 
 template <class Block, int kCapacity, bool kIsLone>
 __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
@@ -55,6 +58,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
     int32_t early_blocks,
     uint8_t* workspace) {  // not __restrict__: it may still be written when this kernel starts
   using HeldKeys = Selection<SharedKeys<kCapacity, kMergeThreads>>;
+  static_assert(sizeof(MergeShared<kCapacity>) <= kSharedBytes<kCapacity>, "room for all");
   static_assert(kCapacity % kMergeThreads == 0 && MergeShared<kCapacity>::kMaxTopK % kMergeThreads == 0, "whole rounds");
   using Chosen = Selection<SharedKeys<MergeShared<kCapacity>::kMaxTopK, kMergeThreads>>;
 
