@@ -114,11 +114,10 @@ ENGINES = {
 }
 
 
-def shape_of(problem: Problem, top_k: int) -> cuda.Shape:
-    """Of the blocks that select in a call of "auto"."""
+def call_of(problem: Problem, candidates: Tensor | None = None) -> cuda._Call:
+    """The operands as the kernels of scoring take them."""
     view = problem.cache.view
-    call = cuda._Call("test", problem.q, problem.weights, view, problem.valid_lens, problem.seq_ids)
-    return call.plan(top_k, "auto").shape
+    return cuda._Call("test", problem.q, problem.weights, view, problem.valid_lens, problem.seq_ids, candidates)
 
 
 def rows_in_long_parts(kind: str) -> Problem:
@@ -131,5 +130,5 @@ def rows_in_long_parts(kind: str) -> Problem:
     one = problem_with_scores([adversarial_row(kind, length)], "mxfp4", rows=[0] * num)
     problem = replace(one.take([0] * num), seq_ids=torch.arange(num, dtype=torch.int32)).to("cuda")
     is_hopper = torch.cuda.get_device_capability() == (9, 0)
-    assert shape_of(problem, 512).holds_list == is_hopper
+    assert call_of(problem).plan(512, "auto").shape.holds_list == is_hopper
     return problem

@@ -27,7 +27,7 @@ from cases import (
     problem_with_scores,
     with_low_codes,
 )
-from engines import shape_of
+from engines import call_of
 from on_host import COMPILER, HERE, OPTIONS, HostKernel, needs_compiler
 from torch import Tensor
 
@@ -147,10 +147,8 @@ def specialisations(case: Case) -> list[Specialisation]:
         patch.setattr(cuda, "device_arch", lambda _index: case.arch)
         patch.setattr(cuda, "_multiprocessors", lambda _index: case.blocks)
         cuda._plan.cache_clear()
-        view = problem.cache.view
-        operands = ("test", problem.q, problem.weights, view, problem.valid_lens, problem.seq_ids)
-        cuda._Call(*operands).plan(0, "auto")
-        cuda._Call(*operands, lists).plan(case.top_k, "auto")
+        call_of(problem).plan(0, "auto")
+        call_of(problem, lists).plan(case.top_k, "auto")
     cuda._plan.cache_clear()
     return wanted
 
@@ -334,7 +332,7 @@ def test_adversarial_rows_whose_threshold_is_raised_meanwhile(kind: str, imagine
     """What raises it meets lists that run full, too."""
     imagine(HELD)
     problem = problem_with_scores([adversarial_row(kind, n) for n in HELD.valid_lens], "mxfp4")
-    assert shape_of(problem, 500).holds_list
+    assert call_of(problem).plan(500, "auto").shape.holds_list
     dense = run_dense(problem)
     for top_k, order in ((1, "index"), (100, "score"), (500, "index")):
         check_topk(run_topk, problem, top_k, order=order, dense=dense)
@@ -400,5 +398,5 @@ def test_queries_may_begin_anywhere() -> None:
     memory[1:] = data.flatten().view(torch.uint8)
     q = dataclasses.replace(problem.q, data=memory[1:].view(data.dtype).view(data.shape))
     assert q.data.is_contiguous() and q.data.data_ptr() % 16
-    call = cuda._Call("test", q, problem.weights, problem.cache.view, problem.valid_lens, problem.seq_ids)
+    call = call_of(dataclasses.replace(problem, q=q))
     assert call.data.data_ptr() % 16 == 0 and torch.equal(call.data, data)

@@ -29,8 +29,6 @@ struct MergeShared {
   Team<kMergeThreads>::Scratch team_scratch;
   alignas(16) uint32_t order_bins[Order::kBins];
 };
-template <int kCapacity>
-constexpr int kSharedBytes = 8 * (kCapacity + MergeShared<kCapacity>::kMaxTopK) + kScratchBytes;
 
 template <class Block, int kCapacity, bool kIsLone>
 __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
@@ -58,7 +56,8 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
     int32_t early_blocks,
     uint8_t* workspace) {  // not __restrict__: it may still be written when this kernel starts
   using HeldKeys = Selection<SharedKeys<kCapacity, kMergeThreads>>;
-  static_assert(sizeof(MergeShared<kCapacity>) <= kSharedBytes<kCapacity>, "room for all");
+  static_assert(sizeof(MergeShared<kCapacity>) <= 8 * (kCapacity + MergeShared<kCapacity>::kMaxTopK) + kScratchBytes,
+                "room for all");
   static_assert(kCapacity % kMergeThreads == 0 && MergeShared<kCapacity>::kMaxTopK % kMergeThreads == 0, "whole rounds");
   using Chosen = Selection<SharedKeys<MergeShared<kCapacity>::kMaxTopK, kMergeThreads>>;
 
