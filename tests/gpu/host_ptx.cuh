@@ -34,6 +34,8 @@ inline uint32_t max_or_nan_bf16x2(uint32_t a, uint32_t b) {
   return pack_bf16(max_or_nan(bf16_value(a), bf16_value(b)), max_or_nan(bf16_value(a >> 16), bf16_value(b >> 16)));
 }
 
+inline uint32_t abs_bf16x2(uint32_t x) { return x & 0x7FFF7FFFu; }
+
 inline uint32_t min_bf16x2(uint32_t a, uint32_t b) {
   return pack_bf16(std::fmin(bf16_value(a), bf16_value(b)), std::fmin(bf16_value(a >> 16), bf16_value(b >> 16)));
 }

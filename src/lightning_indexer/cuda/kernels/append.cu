@@ -7,8 +7,8 @@
 // A thread block owns kEntriesPerCta entries, an entry kLanes consecutive lanes, a lane 16 consecutive values (8 where
 // there is nothing to scale). Sixteen, because a lane then holds a whole nvfp4 group and half an mxfp4 group, so a
 // group's maximum takes at most three shuffles, and an fp8_ds_mla entry is one warp. Slots and values are loaded side
-// by side: neither waits for the other. The arithmetic is about ten integer instructions a value, against 2.5 bytes of
-// traffic (bf16 to mxfp4): the kernel is meant to be bound by memory.
+// by side: neither waits for the other. The arithmetic is ten to twelve instructions a value, against 2.5 bytes of
+// traffic (bf16 to FP4): the kernel is meant to be bound by memory.
 #include "formats.cuh"
 #include "memory.cuh"
 #include "types.cuh"

@@ -106,26 +106,30 @@ __device__ __forceinline__ void take_high_halves(const float (&x)[kValues], uint
 // Both halves of a word.
 __device__ __forceinline__ uint32_t twice(float x) { return pack_bf16(x, x); }
 
-// Sixteen E2M1 codes of pairs / scale, nearest even, low nibble first; the quotients are below 7.
+// Sixteen E2M1 codes of pairs / scale, nearest even, low nibble first; the quotients are below 7, or saturate.
 //
 // The code of a magnitude v is the least of 2v, 2 + v and 4 + v/2, each rounded to an integer. The sum with 128 of each is
-// rounded so in bf16, whose unit there is 1.
-template <class Scale>
+// rounded so in bf16, whose unit there is 1: the code is its low byte but for the highest bit.
+template <bool kSaturates, class Scale>
 __device__ __forceinline__ void encode_e2m1(
     const uint32_t (&pairs)[kQuantizedValues / 2], const Scale& scale, uint32_t (&words)[2]) {
   const uint32_t twofold = twice(2 * scale.factor()), once = twice(scale.factor()), half = twice(0.5f * scale.factor());
 #pragma unroll
   for (int w = 0; w < 2; ++w) {
-    uint32_t bytes[4];
+    uint32_t least[4], bytes[2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t pair = pairs[4 * w + i], v = scale.divide_pair(pair & 0x7FFF7FFFu);
+      const uint32_t v = scale.template divide_pair<kSaturates>(pairs[4 * w + i]);
       const uint32_t low = fma_bf16x2(v, twofold, 0x43004300u), middle = fma_bf16x2(v, once, 0x43024302u);
-      const uint32_t least = min_bf16x2(min_bf16x2(low, middle), fma_bf16x2(v, half, 0x43044304u));
-      const uint32_t codes = (least & 0x00070007u) | (pair >> 12 & 0x00080008u);
-      bytes[i] = codes + (codes >> 12);
+      least[i] = min_bf16x2(min_bf16x2(low, middle), fma_bf16x2(v, half, 0x43044304u));
     }
-    words[w] = permute(permute(bytes[0], bytes[1], 0x0040), permute(bytes[2], bytes[3], 0x0040), 0x5410);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // four codes, the second before the first: a product puts it behind that
+      const uint32_t *const magnitudes = least + 2 * i, *const signs = pairs + 4 * w + 2 * i;
+      const uint32_t codes = permute(magnitudes[0], magnitudes[1], 0x4602);
+      bytes[i] = (codes | (permute(signs[0], signs[1], 0xDF9B) & 0x08080808u)) * 0x1001u;
+    }
+    words[w] = permute(bytes[0], bytes[1], 0x7531);
   }
 }
 
@@ -142,17 +146,21 @@ __device__ __forceinline__ void encode_nans(const uint32_t (&pairs)[kQuantizedVa
   }
 }
 
-// Store the codes of a lane's pairs. NaNs come last, over what was stored, so that their code need not be fetched.
+// Store the codes of a lane's pairs. What is rare comes last, over what was stored, so that its code need not be fetched.
 template <class Scale>
 __device__ __forceinline__ void store_e2m1(
     const uint32_t (&pairs)[kQuantizedValues / 2], const Scale& scale, int lane, const Target& target) {
   if (!target.is_wanted) return;
   uint8_t* const place = target.data_row + 8 * lane;
   uint32_t words[2];
-  encode_e2m1(pairs, scale, words);
+  encode_e2m1<false>(pairs, scale, words);
   store_words(place, words);
-  if (!scale.is_nan()) return;
-  encode_nans(pairs, words);
+  if (!scale.is_rare()) return;
+  if (scale.is_nan()) {
+    encode_nans(pairs, words);
+  } else {
+    encode_e2m1<true>(pairs, scale, words);
+  }
   store_words(place, words);
 }
 
@@ -174,9 +182,11 @@ struct PowerOfTwo {
     return {byte, __uint_as_float((254 - byte) << 23)};
   }
   __device__ __forceinline__ bool is_nan() const { return byte == kUE8M0Nan; }
+  __device__ __forceinline__ bool is_rare() const { return is_nan(); }
   __device__ __forceinline__ float divide(float magnitude) const { return magnitude * inverse; }
-  // The quotient of two bf16 magnitudes but for `factor`.
-  __device__ __forceinline__ uint32_t divide_pair(uint32_t magnitudes) const { return magnitudes; }
+  // The magnitudes of two bf16 quotients but for `factor`. Far below 7, they need not saturate.
+  template <bool>
+  __device__ __forceinline__ uint32_t divide_pair(uint32_t pair) const { return abs_bf16x2(pair); }
   __device__ __forceinline__ float factor() const { return inverse; }
 };
 
@@ -232,8 +242,12 @@ struct PlainE4M3Scale {
     return {byte, inverse, twice(exact - __uint_as_float(inverse << 16))};
   }
   __device__ __forceinline__ bool is_nan() const { return byte == kE4M3Nan; }
-  __device__ __forceinline__ uint32_t divide_pair(uint32_t magnitudes) const {
-    return min_bf16x2(fma_bf16x2(magnitudes, inverse, multiply_bf16x2(magnitudes, rest)), 0x40C040C0u);  // 6
+  // Or a quotient may not be below 7: the scale stops at 448, and the least three may be rounded down by a seventh.
+  __device__ __forceinline__ bool is_rare() const { return byte - 4 > 0x7Du - 4; }
+  template <bool kSaturates>
+  __device__ __forceinline__ uint32_t divide_pair(uint32_t pair) const {
+    const uint32_t quotients = abs_bf16x2(fma_bf16x2(pair, inverse, multiply_bf16x2(pair, rest)));
+    return kSaturates ? min_bf16x2(quotients, 0x40C040C0u) : quotients;  // 6
   }
   __device__ __forceinline__ float factor() const { return 1; }
 };
@@ -255,9 +269,9 @@ __device__ __forceinline__ float group_amax(const float (&x)[kValues]) {
 
 template <int kGroupLanes>
 __device__ __forceinline__ float group_amax(const uint32_t (&pairs)[kQuantizedValues / 2]) {
-  uint32_t amax = pairs[0] & 0x7FFF7FFFu;
+  uint32_t amax = abs_bf16x2(pairs[0]);
 #pragma unroll
-  for (int i = 1; i < kQuantizedValues / 2; ++i) amax = max_or_nan_bf16x2(amax, pairs[i] & 0x7FFF7FFFu);
+  for (int i = 1; i < kQuantizedValues / 2; ++i) amax = max_or_nan_bf16x2(amax, abs_bf16x2(pairs[i]));
 #pragma unroll
   for (int distance = 1; distance < kGroupLanes; distance *= 2) {
     amax = max_or_nan_bf16x2(amax, __shfl_xor_sync(kFullWarp, amax, distance));

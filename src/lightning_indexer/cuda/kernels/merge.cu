@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_topk(
       return clamped_block(block, num_blocks) * Block::kEntries + first % Block::kEntries;
     };
     // The range of their upper words, by score or by entry, is known.
-    const Order order = by_score ? Order(~shared.top, ~rank_of_key(threshold)) : Order(0, group.entries);
+    const Order order = by_score ? Order(~shared.top, ~rank_of_key(threshold)) : Order(0, group.entries - 1);
     const int count = held.gather_to_emit(team, threshold, shared.ordered, shared.order_bins, order,
                                           [&](uint64_t key) { return results.sortable(key); });
     Chosen chosen(shared.ordered, count);

@@ -31,6 +31,13 @@ __device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
   return fma_bf16x2(a, b, 0x80008000u);  // + -0 keeps signs of zero
 }
 
+// Where a mask would wait for the integer units, this is left to those of floating point.
+__device__ __forceinline__ uint32_t abs_bf16x2(uint32_t x) {
+  uint32_t result;
+  asm("abs.bf16x2 %0, %1;" : "=r"(result) : "r"(x));
+  return result;
+}
+
 // The larger and the smaller of each half; NaN if either is NaN, where the name says so.
 __device__ __forceinline__ uint32_t max_or_nan_bf16x2(uint32_t a, uint32_t b) {
   uint32_t result;
