@@ -307,7 +307,10 @@ def test_cuda_records_lines_table_and_plot(tmp_path):
     assert "cannot be imported" in first["peers_skipped"]["deep_gemm"]
     assert second["target_us"]["floor"] == pytest.approx(115) and second["verdict"] == "goal"
     assert gather["percent_of_same_copy"] == 50 and gather["verdict"] == "missed"
-    assert append["percent_of_copy"] == pytest.approx(100 * APPEND.moved_bytes / 100e-6 / 2000e9)
+    each = append["in_a_row_us"]
+    assert each == 100 / 8, "a hundred microseconds were said of eight calls"
+    assert append["percent_of_copy"] == pytest.approx(100 * APPEND.moved_bytes / (each * 1e-6) / 2000e9)
+    assert gather["percent_of_copy"] == pytest.approx(100 * GATHER.moved_bytes / 100e-6 / 2000e9)
     reason = first["peers_skipped"]["deep_gemm"]
     text = f"{decode.name}: 100 us (90.0 us to 120 us), 0 % read, two_step 100 us (1.0 x) and 0.0 MiB"
     assert screen.line(first) == f"{text}, deep_gemm skipped: {reason}"

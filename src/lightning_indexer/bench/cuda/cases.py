@@ -132,14 +132,18 @@ class GatherCase:
 
 @dataclass(frozen=True)
 class AppendCase:
-    """`count` bf16 entries are quantised and written, into a run of slots or into random ones of `pool_entries`."""
+    """`count` bf16 entries are quantised and written, into a run of slots or into random ones of `pool_entries`.
+
+    A prefill's entries come in order, or at least whole blocks of them do. Random slots are the worst case: memory
+    reads and writes back a whole sector for the 4 or 8 bytes of an entry's scale, and a rate does not count that.
+    """
 
     format: str
     in_order: bool
     head_dim: int = 128
     count: int = 65_536
     pool_entries: int = 1_048_576  # beyond an L2 cache
-    target_percent: Target | None = Target(70, 70)  # of the copy ceiling
+    target_percent: Target | None = None  # of the copy ceiling, by calls in a row
     kind: str = "append"
 
     @property
@@ -229,7 +233,7 @@ FORMATS = (
 PORTABLE = (_portable(_DECODE_64K), _portable(_DECODE_256K), _portable(_PREFILL_64K))
 GATHER = tuple(GatherCase(tokens, format) for tokens in (64, 256) for format in ("fp8_ds_mla", "bf16"))
 APPEND = tuple(
-    AppendCase(format, in_order, head_dim)
+    AppendCase(format, in_order, head_dim, target_percent=Target(70, 70) if in_order else None)
     for format, head_dim in (("mxfp4", 128), ("nvfp4", 128), ("fp8", 128), ("bf16", 128), ("fp8_ds_mla", 512))
     for in_order in (True, False)
 )
@@ -242,5 +246,5 @@ QUICK_GRID: tuple[Case, ...] = (
     _prefill(2_048, 65_536),
     _portable(_DECODE_64K),
     GATHER[0],
-    APPEND[1],
+    APPEND[0],
 )

@@ -134,19 +134,24 @@ class Gpu:
         """GB/s of reading a large buffer, and of copying one (bytes read plus bytes written)."""
         count = min(_CEILING_BYTES, self.free_bytes() // 4) // 4
         source = torch.randn(count, device=self.device)
-        target = torch.empty_like(source)
         read = self.time(lambda: torch.sum(source, dim=0, out=self._flushed), graph=True, cold=False)
-        copied = self.time(lambda: target.copy_(source), graph=True, cold=False)
         return {
             "read_gb_s": 4 * count / read.median / 1e3,
-            "copy_gb_s": 2 * 4 * count / copied.median / 1e3,
+            "copy_gb_s": 2 * 4 * count / self._copied_us(source, cold=False) / 1e3,
         }
 
     def copy_us(self, moved_bytes: int) -> float:
         """Time of a device-to-device copy that reads and writes `moved_bytes` in all, cold."""
-        source = torch.randint(0, 256, (moved_bytes // 2,), dtype=torch.uint8, device=self.device)
+        return self._copied_us(torch.randn(moved_bytes // 8, device=self.device), cold=True)
+
+    def _copied_us(self, source: torch.Tensor, *, cold: bool) -> float:
+        """The faster of a memcpy and a kernel that reads and writes as much.
+
+        In a graph, a memcpy of a GiB is left to the copy engine, which on an H100 has four fifths of a kernel's rate.
+        """
         target = torch.empty_like(source)
-        return self.time(lambda: target.copy_(source), graph=True, cold=True).median
+        ways = (lambda: target.copy_(source)), (lambda: torch.neg(source, out=target))
+        return min(self.time(way, graph=True, cold=cold).median for way in ways)
 
     def describe(self) -> dict[str, Any]:
         """What a reader needs to judge a time."""

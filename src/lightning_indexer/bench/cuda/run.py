@@ -23,6 +23,7 @@ from lightning_indexer.ops.gather_kv import gather_kv
 from lightning_indexer.ops.score_topk import score_topk, score_topk_workspace_bytes
 
 _BUDGETS_S = {"graph_cold": 0.3, "graph_warm": 0.15, "eager_cold": 0.1, "eager_warm": 0.1}
+_CALLS_IN_A_ROW = 8
 _POISON = -2  # in outputs: memory that an earlier case gave back may hold the right answer
 _PEER_BUDGET_S, _PEER_FEWEST = 0.1, 1
 
@@ -177,24 +178,42 @@ def _gather(case: GatherCase, machine: Machine, ceilings: dict[str, float]) -> d
 
 
 def _append(case: AppendCase, machine: Machine, ceilings: dict[str, float]) -> dict[str, Any]:
-    operands = make_append(case, machine.device)
+    """A call is so short that events and a launch are a third of its time: the rate is that of several in a row.
 
-    def run() -> None:
-        append_entries(operands.entries, operands.view, operands.slots)
+    Each has entries and a cache of its own, so that all find a cold L2.
+    """
+    sets = [make_append(case, machine.device) for _ in range(_CALLS_IN_A_ROW)]
 
-    run()
-    check_append(case, operands)
-    return _moving(case, machine, ceilings, run)
+    def run(count: int = 1) -> None:
+        for operands in sets[:count]:
+            append_entries(operands.entries, operands.view, operands.slots)
+
+    def run_all() -> None:
+        run(len(sets))
+
+    run_all()
+    for operands in sets:
+        check_append(case, operands)
+    each_us = machine.time(run_all, graph=True, cold=True).median / len(sets)
+    return {**_moving(case, machine, ceilings, run, each_us), "in_a_row_us": each_us, "calls_in_a_row": len(sets)}
 
 
 def _moving(
-    case: GatherCase | AppendCase, machine: Machine, ceilings: dict[str, float], run: Callable[[], object]
+    case: GatherCase | AppendCase,
+    machine: Machine,
+    ceilings: dict[str, float],
+    run: Callable[[], object],
+    each_us: float | None = None,
 ) -> dict[str, Any]:
-    """The record of what only moves bytes."""
+    """The record of what only moves bytes.
+
+    Args:
+        each_us: of a call, to take its rate from; default: its median with a cold L2.
+    """
     times = _times(machine, run)
     took = times["graph_cold_us"]["median"]
     copy_us = machine.copy_us(case.moved_bytes)
-    gb_s = case.moved_bytes / took / 1e3
+    gb_s = case.moved_bytes / (each_us or took) / 1e3
     percent = 100 * gb_s / ceilings["copy_gb_s"]
     target = case.target_percent
     return {
