@@ -1,7 +1,7 @@
 """append_entries on a GPU: one kernel quantises and scatters (`kernels/append.cu`).
 
-To time it: distinct random slots over a pool well beyond the L2 cache, CUDA-graph replay or events around many calls,
-and compare (entry bytes read + row bytes written + slot bytes) / time with a device-to-device copy of as many bytes.
+Bound by memory: entry bytes read + row bytes written + slot bytes, against the rate of a device-to-device copy, is what
+`lightning-indexer bench --only append` reports.
 """
 
 import functools
