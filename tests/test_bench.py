@@ -441,6 +441,9 @@ def test_checks_accept_what_is_right():
     cuda_run.append_entries(appended.entries, appended.view, appended.slots)
     checks.check_append(APPEND, appended)
     assert appended.slots.unique().numel() == APPEND.count
+    slots = make_append(replace(APPEND, in_order=True), CPU).slots
+    assert slots.unique().numel() == len(slots) == APPEND.count
+    assert torch.equal(slots[:64] - slots[0], torch.arange(64)) and slots[0] % 64 == 0, "a block's are not in order"
 
 
 @pytest.mark.parametrize(

@@ -132,10 +132,13 @@ class GatherCase:
 
 @dataclass(frozen=True)
 class AppendCase:
-    """`count` bf16 entries are quantised and written, into a run of slots or into random ones of `pool_entries`.
+    """`count` bf16 entries are quantised and written: in order into random blocks, or into random slots.
 
-    A prefill's entries come in order, or at least whole blocks of them do. Random slots are the worst case: memory
-    reads and writes back a whole sector for the 4 or 8 bytes of an entry's scale, and a rate does not count that.
+    Blocks are filled in order by a prefill. Random slots are the worst case: memory reads and writes back a whole
+    sector for the 4 or 8 bytes of an entry's scale, and a rate does not count that.
+
+    Args:
+        pool_entries: slots that there are.
     """
 
     format: str

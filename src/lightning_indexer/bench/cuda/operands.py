@@ -90,13 +90,14 @@ def make_append(case: AppendCase, device: torch.device) -> AppendOperands:
     storage = torch.zeros(num_blocks, schema.stride, dtype=torch.uint8, device=device)
     kind = KVView if schema.format == "fp8_ds_mla" else IndexerView
     if case.in_order:
-        slots = torch.arange(case.count, device=device)
+        blocks = torch.randperm(num_blocks, generator=generator, device=device).unsqueeze(1)
+        slots = blocks * schema.entries_per_block + torch.arange(schema.entries_per_block, device=device)
     else:
-        slots = torch.randperm(case.pool_entries, generator=generator, device=device)[: case.count].clone()
+        slots = torch.randperm(case.pool_entries, generator=generator, device=device)
     return AppendOperands(
         view=kind(storage, schema, torch.zeros(1, 1, dtype=torch.int32, device=device)),
         entries=torch.randn(case.count, case.head_dim, generator=generator, device=device).bfloat16(),
-        slots=slots,
+        slots=slots.flatten()[: case.count].clone(),
     )
 
 
