@@ -242,7 +242,7 @@ struct PlainE4M3Scale {
     return {byte, inverse, twice(exact - __uint_as_float(inverse << 16))};
   }
   __device__ __forceinline__ bool is_nan() const { return byte == kE4M3Nan; }
-  // Or a quotient may not be below 7: the scale stops at 448, and the least three may be rounded down by a seventh.
+  // Or a quotient may not be below 7: the scale stops at 448, and the least three may be rounded down by a seventh and more.
   __device__ __forceinline__ bool is_rare() const { return byte - 4 > 0x7Du - 4; }
   template <bool kSaturates>
   __device__ __forceinline__ uint32_t divide_pair(uint32_t pair) const {
