@@ -61,7 +61,10 @@ def _draw_targets(axis: Any, records: Sequence[dict[str, Any]], offset: float) -
 
 
 def _draw_shares(axis: Any, records: Sequence[dict[str, Any]]) -> None:
-    """Decode against reading, gather and append against copying; prefill is bound by arithmetic and gets its rate."""
+    """Decode against reading, gather and append against copying; prefill is bound by arithmetic and gets its rate.
+
+    Append's share is that of calls in a row, the bar beside it one call.
+    """
     for y, record in enumerate(records):
         share = record.get("percent_of_read" if record["kind"] == "decode" else "percent_of_copy", 0.0)
         axis.barh(y, share, height=0.5, color="tab:blue" if record["kind"] == "decode" else "tab:purple")
@@ -69,5 +72,5 @@ def _draw_shares(axis: Any, records: Sequence[dict[str, Any]]) -> None:
     axis.set_xlim(0, 150)
     axis.set_xticks(range(0, 101, 25))
     axis.axvline(100, color="black", linewidth=0.8)
-    axis.set_xlabel("% of the measured ceiling")
+    axis.set_xlabel("% of the measured ceiling\n(append: by calls in a row)")
     axis.grid(axis="x", alpha=0.3)

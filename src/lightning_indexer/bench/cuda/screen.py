@@ -73,10 +73,12 @@ def rates(record: dict[str, Any]) -> list[str]:
         return [f"{record['percent_of_read']:.0f} % read"]
     if record["kind"] == "prefill":
         return [f"{record['tflops']:,.0f} TFLOP/s"]
-    parts = [f"{record['percent_of_copy']:.0f} % copy", f"{record['percent_of_same_copy']:.0f} % of a copy of its size"]
-    if "in_a_row_us" in record:
-        parts.append(f"{readable_us(record['in_a_row_us'])} each of {record['calls_in_a_row']} in a row")
-    return parts
+    rate = f"{record['percent_of_copy']:.0f} % copy"
+    same = f"{record['percent_of_same_copy']:.0f} % of a copy of its size"
+    if "in_a_row_us" not in record:
+        return [rate, same]
+    row = f"by {record['calls_in_a_row']} in a row, {readable_us(record['in_a_row_us'])} each"
+    return [rate, row, f"one call {same}"]
 
 
 def readable_us(value: float) -> str:

@@ -109,7 +109,7 @@ __device__ __forceinline__ uint32_t twice(float x) { return pack_bf16(x, x); }
 // Sixteen E2M1 codes of pairs / scale, nearest even, low nibble first; the quotients are below 7, or saturate.
 //
 // The code of a magnitude v is the least of 2v, 2 + v and 4 + v/2, each rounded to an integer. The sum with 128 of each is
-// rounded so in bf16, whose unit there is 1: the code is its low byte but for the highest bit.
+// rounded so in bf16, whose unit there is 1, and the low byte of the least sum is the code without its sign.
 template <bool kSaturates, class Scale>
 __device__ __forceinline__ void encode_e2m1(
     const uint32_t (&pairs)[kQuantizedValues / 2], const Scale& scale, uint32_t (&words)[2]) {
@@ -242,8 +242,9 @@ struct PlainE4M3Scale {
     return {byte, inverse, twice(exact - __uint_as_float(inverse << 16))};
   }
   __device__ __forceinline__ bool is_nan() const { return byte == kE4M3Nan; }
-  // Or a quotient may not be below 7: the scale stops at 448, and the least three may be rounded down by a seventh and more.
-  __device__ __forceinline__ bool is_rare() const { return byte - 4 > 0x7Du - 4; }
+  // Or a quotient may reach 7: the scale stops at 448, and the least ones may be rounded down by up to a third.
+  static constexpr uint32_t kLeastTame = 4, kMostTame = kE4M3Nan - 2;
+  __device__ __forceinline__ bool is_rare() const { return byte - kLeastTame > kMostTame - kLeastTame; }
   template <bool kSaturates>
   __device__ __forceinline__ uint32_t divide_pair(uint32_t pair) const {
     const uint32_t quotients = abs_bf16x2(fma_bf16x2(pair, inverse, multiply_bf16x2(pair, rest)));
