@@ -134,8 +134,8 @@ class GatherCase:
 class AppendCase:
     """`count` bf16 entries are quantised and written: in order into random blocks, or into random slots.
 
-    Blocks are filled in order by a prefill. Random slots are the worst case: memory reads and writes back a whole
-    sector for the 4 or 8 bytes of an entry's scale, and a rate does not count that.
+    Blocks are filled in order by a prefill. Random slots are the worst case: a scale is then stored by
+    itself, as 4 or 8 bytes of a sector of 32. No target is set on them; what they reach is reported.
 
     Args:
         pool_entries: slots that there are.

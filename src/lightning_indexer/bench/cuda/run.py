@@ -186,8 +186,8 @@ def _gather(case: GatherCase, machine: Machine, ceilings: dict[str, float]) -> d
 def _append(case: AppendCase, machine: Machine, ceilings: dict[str, float]) -> dict[str, Any]:
     """A call of FP4 is so short that events and a launch are a third of its time: the rate is that of many in a row.
 
-    They take entries and caches in turns, so many that all find a cold L2, and go round several times, so that what is
-    written goes to memory within the time, too.
+    They take entries and caches in turns, so many that all find a cold L2 (of 50 MiB: FP4 moves 174 MB a round), and go
+    round several times, so that most of what is written goes to memory within the time, too.
     """
     sets = [make_append(case, machine.device) for _ in range(_CACHES)]
 
