@@ -179,6 +179,7 @@ def test_grid_holds_every_kind():
     assert sum(name.startswith("prefill") for name in names) == 4 + 2 + 4 + 1
     assert sum(name.startswith("gather") for name in names) == 4
     assert sum(name.startswith("append") for name in names) == 10
+    assert all(case.target_percent == Target(70, 70) for case in cuda_cases.APPEND), "asked for in either order"
 
 
 def test_counts_of_a_decode_case():
