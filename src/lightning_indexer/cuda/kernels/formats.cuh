@@ -184,7 +184,7 @@ struct PowerOfTwo {
   __device__ __forceinline__ bool is_nan() const { return byte == kUE8M0Nan; }
   __device__ __forceinline__ bool is_rare() const { return is_nan(); }
   __device__ __forceinline__ float divide(float magnitude) const { return magnitude * inverse; }
-  // The magnitudes of two bf16 quotients but for `factor`. Far below 7, they need not saturate.
+  // The magnitudes of two bf16 quotients but for `factor`. At most 6 but for rounding, they need not saturate.
   template <bool>
   __device__ __forceinline__ uint32_t divide_pair(uint32_t pair) const { return abs_bf16x2(pair); }
   __device__ __forceinline__ float factor() const { return inverse; }
@@ -242,7 +242,8 @@ struct PlainE4M3Scale {
     return {byte, inverse, twice(exact - __uint_as_float(inverse << 16))};
   }
   __device__ __forceinline__ bool is_nan() const { return byte == kE4M3Nan; }
-  // Or a quotient may reach 7: the scale stops at 448, and the least ones may be rounded down by up to a third.
+  // NaN, or a scale by which a quotient may reach 7: 448, where scales stop, and the least ones, which may be rounded
+  // down by up to a third.
   static constexpr uint32_t kLeastTame = 4, kMostTame = kE4M3Nan - 2;
   __device__ __forceinline__ bool is_rare() const { return byte - kLeastTame > kMostTame - kLeastTame; }
   template <bool kSaturates>

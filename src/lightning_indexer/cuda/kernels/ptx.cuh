@@ -31,7 +31,7 @@ __device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
   return fma_bf16x2(a, b, 0x80008000u);  // + -0 keeps signs of zero
 }
 
-// Where a mask would wait for the integer units, this is left to those of floating point.
+// The magnitude of each half; a NaN stays one. A mask would take the integer units, this takes those of floating point.
 __device__ __forceinline__ uint32_t abs_bf16x2(uint32_t x) {
   uint32_t result;
   asm("abs.bf16x2 %0, %1;" : "=r"(result) : "r"(x));
