@@ -85,34 +85,39 @@ def make_gather(case: GatherCase, device: torch.device) -> GatherOperands:
 def make_append(case: AppendCase, device: torch.device) -> AppendOperands:
     """Entries and slots for an empty cache."""
     generator = torch.Generator(device).manual_seed(0)
-    schema = case.schema
-    num_blocks = -(-case.pool_entries // schema.entries_per_block)
-    storage = torch.zeros(num_blocks, schema.stride, dtype=torch.uint8, device=device)
-    kind = KVView if schema.format == "fp8_ds_mla" else IndexerView
+    kind = KVView if case.schema.format == "fp8_ds_mla" else IndexerView
+    view = empty_view(kind, case.schema, 1, case.pool_entries, generator)
     if case.in_order:
-        blocks = torch.randperm(num_blocks, generator=generator, device=device).unsqueeze(1)
-        slots = blocks * schema.entries_per_block + torch.arange(schema.entries_per_block, device=device)
+        slots = _slots(view, 0, 0, case.count)
     else:
-        slots = torch.randperm(case.pool_entries, generator=generator, device=device)
-    return AppendOperands(
-        view=kind(storage, schema, torch.zeros(1, 1, dtype=torch.int32, device=device)),
-        entries=torch.randn(case.count, case.head_dim, generator=generator, device=device).bfloat16(),
-        slots=slots.flatten()[: case.count].clone(),
-    )
+        slots = torch.randperm(case.pool_entries, generator=generator, device=device)[: case.count].clone()
+    entries = torch.randn(case.count, case.head_dim, generator=generator, device=device).bfloat16()
+    return AppendOperands(view, entries, slots)
 
 
-def filled_view(kind: type[View], schema: CacheSchema, num_seqs: int, entries: int, generator: torch.Generator) -> View:
-    """`num_seqs` sequences of `entries` random entries in permuted blocks."""
+def empty_view(kind: type[View], schema: CacheSchema, num_seqs: int, entries: int, generator: torch.Generator) -> View:
+    """Room for `entries` entries of each of `num_seqs` sequences, in permuted blocks."""
     device = generator.device
     blocks_per_seq = -(-entries // schema.entries_per_block)
     num_blocks = num_seqs * blocks_per_seq
     storage = torch.zeros(num_blocks, schema.stride, dtype=torch.uint8, device=device)
     table = torch.randperm(num_blocks, generator=generator, device=device).to(torch.int32)
-    view = kind(storage, schema, table.view(num_seqs, blocks_per_seq))
+    return kind(storage, schema, table.view(num_seqs, blocks_per_seq))
+
+
+def filled_view(kind: type[View], schema: CacheSchema, num_seqs: int, entries: int, generator: torch.Generator) -> View:
+    """`num_seqs` sequences of `entries` random entries in permuted blocks."""
+    view = empty_view(kind, schema, num_seqs, entries, generator)
     chunk = max(_CHUNK_VALUES // schema.dim, 1)
     for seq_id in range(num_seqs):
         for start in range(0, entries, chunk):
-            index = torch.arange(start, min(start + chunk, entries), device=device).unsqueeze(0)
-            values = torch.randn(index.shape[1], schema.dim, generator=generator, device=device)
-            append_entries(values, view, view.slots(torch.tensor([seq_id], device=device), index)[0])
+            slots = _slots(view, seq_id, start, min(start + chunk, entries))
+            values = torch.randn(len(slots), schema.dim, generator=generator, device=generator.device)
+            append_entries(values, view, slots)
     return view
+
+
+def _slots(view: PagedView, seq_id: int, start: int, stop: int) -> Tensor:
+    """Of a sequence's entries from `start` up to `stop`, in order."""
+    indices = torch.arange(start, stop, device=view.device).unsqueeze(0)
+    return view.slots(torch.tensor([seq_id], device=view.device), indices)[0]
